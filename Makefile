@@ -1,0 +1,68 @@
+# natgrad: `make demo` races K-FAC against Adam and Nesterov SGD, `make test` checks everything.
+#
+# The first call makes an environment in .venv, with the exact versions of constraints.txt; later calls reuse it.
+# Choose the interpreter with `make PYTHON=python3.12 test`, another folder with `make VENV=/path/to/env test`.
+
+VENV ?= .venv
+# The first interpreter that answers: a version manager leaves commands behind for versions that it has not installed.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13; do $$p --version >/dev/null 2>&1 && { echo $$p; break; }; done)
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Racing time of one optimiser in `make demo`; there are three of them.
+DEMO_SECONDS ?= 55
+# Two workers with one thread each: more threads would fight over the cores.
+WORKERS ?= 2
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help env demo test test-slow lint typecheck bench docs clean
+
+help:
+	@echo "make demo       race K-FAC, Adam and Nesterov SGD on CURVES (three minutes of racing), then print the report's path"
+	@echo "make test       formatting, lint, types and the test suite"
+	@echo "make test-slow  the tests that take longer"
+	@echo "make lint       formatting, lint and types alone"
+	@echo "make bench      what an update costs and how fast the error falls"
+	@echo "make docs       the documentation, in docs/_build/html"
+	@echo "make clean      remove the environment and everything generated"
+
+env: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No python3.11, python3.12 or python3.13 found. Install one, or name yours: make PYTHON=/path/to/python" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is too old: natgrad needs Python 3.11 or later. Name another: make PYTHON=/path/to/python" >&2; exit 2; }
+	@echo "Making the environment in $(VENV) with $$($(PYTHON) --version) (once; this takes a minute or two)"
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e ".[lab,dev,docs]" || { \
+		echo "" >&2; \
+		echo "The environment could not be made. If the lines above say that no version satisfies torch (or another package of" >&2; \
+		echo "constraints.txt), that exact version does not exist for $$($(BIN)/python --version) on this machine. Either choose" >&2; \
+		echo "another interpreter (make clean, then make PYTHON=python3.11), or relax that line of constraints.txt: natgrad runs with" >&2; \
+		echo "torch 2.11 and later. If there is no network, pip also takes wheels from a folder: PIP_FIND_LINKS=/path/to/wheels." >&2; \
+		exit 2; }
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/natgrad race curves --optimizers kfac,adam,nesterov --seconds $(DEMO_SECONDS)
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS) -q
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+clean:
+	rm -rf $(VENV) docs/_build build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The bench beside `natgrad`: data sets, benchmark models, races between optimisers and the command line `natgrad`."""
