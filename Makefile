@@ -15,7 +15,7 @@ DEMO_SECONDS ?= 55
 WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help env demo test test-slow lint typecheck bench docs clean
+.PHONY: help env demo test test-slow lint bench docs clean
 
 help:
 	@echo "make demo       race K-FAC, Adam and Nesterov SGD on CURVES (three minutes of racing), then print the report's path"
@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is too old: natgrad needs Python 3.11 or later. Name another: make PYTHON=/path/to/python" >&2; exit 2; }
 	@echo "Making the environment in $(VENV) with $$($(PYTHON) --version) (once; this takes a minute or two)"
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	@PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	@PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m pip install -qq --disable-pip-version-check \
 		-c constraints.txt -e ".[lab,dev,docs]" || { \
 		echo "" >&2; \
 		echo "The environment could not be made. If the lines above say that no version satisfies torch (or another package of" >&2; \
@@ -55,6 +55,7 @@ test-slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --output-format min-text
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

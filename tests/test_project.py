@@ -14,7 +14,7 @@ import natgrad
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "src" / "natgrad"
 MAX_LINES = 350
-# Installed with the bench, not with the library. NumPy is not needed either, although torch picks it up where it exists.
+# The library runs without these. (torch picks NumPy up where it exists, but does not need it.)
 BENCH_ONLY = ("numpy", "scipy", "sklearn", "matplotlib", "typer", "rich")
 
 
