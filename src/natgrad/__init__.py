@@ -1,6 +1,6 @@
 """Natural-gradient and Gauss-Newton training for PyTorch models.
 
-`import natgrad as ng`. The library depends on PyTorch alone, plus a typing library for tensor shapes. Data sets, races between
+`import natgrad as ng`. The library depends on PyTorch, plus a typing library for tensor shapes. Data sets, races between
 optimisers and the command line live beside it in `natgrad_lab`.
 """
 
