@@ -4,8 +4,9 @@
 # Choose the interpreter with `make PYTHON=python3.12 test`, another folder with `make VENV=/path/to/env test`.
 
 VENV ?= .venv
-# The first interpreter that answers: a version manager leaves commands behind for versions that it has not installed.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13; do $$p --version >/dev/null 2>&1 && { echo $$p; break; }; done)
+# The first interpreter that answers and can make environments: a version manager leaves commands behind for versions that
+# it has not installed, and some systems package venv on its own.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13; do $$p -c 'import venv, ensurepip' >/dev/null 2>&1 && { echo $$p; break; }; done)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -29,17 +30,21 @@ help:
 env: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "No python3.11, python3.12 or python3.13 found. Install one, or name yours: make PYTHON=/path/to/python" >&2; exit 2; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is too old: natgrad needs Python 3.11 or later. Name another: make PYTHON=/path/to/python" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { \
+		echo "No working python3.11, python3.12 or python3.13 (with its venv module) was found." >&2; \
+		echo "Install one, or name yours: make PYTHON=/path/to/python" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || { \
+		echo "$(PYTHON) does not run or is older than Python 3.11, which natgrad needs." >&2; \
+		echo "Name another: make PYTHON=/path/to/python" >&2; exit 2; }
 	@echo "Making the environment in $(VENV) with $$($(PYTHON) --version) (once; this takes a minute or two)"
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	@PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m pip install -qq --disable-pip-version-check \
 		-c constraints.txt -e ".[lab,dev,docs]" || { \
 		echo "" >&2; \
-		echo "The environment could not be made. If the lines above say that no version satisfies torch (or another package of" >&2; \
-		echo "constraints.txt), that exact version does not exist for $$($(BIN)/python --version) on this machine. Either choose" >&2; \
-		echo "another interpreter (make clean, then make PYTHON=python3.11), or relax that line of constraints.txt: natgrad runs with" >&2; \
-		echo "torch 2.11 and later. If there is no network, pip also takes wheels from a folder: PIP_FIND_LINKS=/path/to/wheels." >&2; \
+		echo "The environment could not be made; pip says why above. If it finds no match for torch, or calls the versions in" >&2; \
+		echo "conflict, then torch as pinned in constraints.txt does not exist for $$($(BIN)/python --version) on this machine." >&2; \
+		echo "Choose another interpreter (make clean, then make PYTHON=python3.11), or relax that line of constraints.txt:" >&2; \
+		echo "natgrad runs with torch 2.11 and later. Without a network, pip takes wheels from a folder: PIP_FIND_LINKS=FOLDER." >&2; \
 		exit 2; }
 	@touch $(READY)
 
