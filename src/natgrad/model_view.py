@@ -1,7 +1,7 @@
 """The one place that evaluates a model.
 
 Call convention, parameter order, dict ↔ vector, tied weights, wrappers, and the replay of buffers and random numbers.
-Every optimiser and every curvature sees a model through a `ModelView`, so that all of them mean the same function and the
+Every optimiser and every curvature sees a model through a `ModelView`, so that all mean the same function and the
 same order.
 """
 
@@ -74,7 +74,7 @@ def batch_size(inputs: Any) -> int:
 
 
 def select_rows(inputs: Any, index: Tensor | slice) -> Any:
-    """The same nest with some examples only: ``index`` picks rows of every tensor whose dimension 0 is the batch size."""
+    """The same nest with some examples only: ``index`` picks rows of every tensor with the batch in dimension 0."""
     size = batch_size(inputs)
 
     def rows(leaf: Any) -> Any:
@@ -186,8 +186,8 @@ class ModelView:
     def functional(self, parameters: Mapping[str, Tensor], inputs: Any) -> Tensor:
         """The output z as a function of the parameters: differentiable in both modes and under ``vmap``.
 
-        Parameters that ``parameters`` does not name keep their value. Tied weights receive one tensor. Buffers are cloned,
-        so that running statistics of the model do not move (and ``jvp`` accepts BatchNorm in train mode).
+        Parameters that ``parameters`` does not name keep their value. Tied weights receive one tensor. Buffers are
+        cloned: running statistics of the model do not move (and ``jvp`` accepts BatchNorm in train mode).
 
         Args:
             parameters: name → tensor shaped like the parameter.

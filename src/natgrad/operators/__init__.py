@@ -1,0 +1,1 @@
+"""Linear operators: the contract, exact curvature without matrices, and compositions of Kronecker products."""
