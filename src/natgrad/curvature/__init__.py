@@ -1,0 +1,1 @@
+"""Curvature estimates: statistics that add up over batches, and their inverses under a damping."""

@@ -1,0 +1,150 @@
+r"""Additive statistics, and the one place where they are divided.
+
+For a layer with inputs a (with the homogeneous 1 last) and output derivatives g, over N examples, R rows (uses of the
+layer) and the likelihood's normaliser ``count``:
+
+.. math:: A = \frac{1}{N} \sum_r a_r a_r^T, \qquad G = \frac{N}{\text{count}} \, \frac{1}{R} \sum_r g_r g_r^T,
+
+so that ``A ⊗ G`` approximates the curvature of the number that ``likelihood.nll`` returns [KFAC, sec. 3, eq. 1]. For
+the empirical Fisher ``count`` is N. A layer that is used several times per example has A summed and G averaged over
+its uses.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """A diagonal matrix, by its diagonal."""
+
+    vector: Float[Tensor, " d"]
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the matrix."""
+        return torch.Size((self.vector.shape[0], self.vector.shape[0]))
+
+    def to_dense(self) -> Float[Tensor, "d d"]:
+        """The matrix itself."""
+        return torch.diag(self.vector)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The Kronecker factors of one layer's block ``A ⊗ G``; either may be :class:`Diagonal`.
+
+    Args:
+        A: ``[in (+1), in (+1)]``; the homogeneous coordinate is the last.
+        G: ``[out, out]``.
+    """
+
+    A: Float[Tensor, "columns columns"] | Diagonal
+    G: Float[Tensor, "out out"] | Diagonal
+
+    def to_dense(self) -> Float[Tensor, "size size"]:
+        """``A ⊗ G``, which acts on the stacked columns of ``[W b]``."""
+        return torch.kron(to_dense(self.A), to_dense(self.G))
+
+
+@dataclass
+class LayerSums:
+    """Sums of outer products of one layer. A vector stands for a diagonal matrix.
+
+    Args:
+        A: ``Σ a aᵀ``, ``[in (+1), in (+1)]``, or its diagonal.
+        G: ``Σ g gᵀ``, ``[out, out]``, or its diagonal; per draw or summed over the columns of an exact expectation.
+        rows: how many rows (uses of the layer) the sums run over.
+    """
+
+    A: Tensor
+    G: Tensor
+    rows: float
+
+    def __add__(self, other: "LayerSums") -> "LayerSums":
+        """Sums over both sets of rows; a diagonal added to a full matrix is written out."""
+        return LayerSums(_added(self.A, other.A), _added(self.G, other.G), self.rows + other.rows)
+
+
+@dataclass
+class Statistics:
+    """What curvature needs to know of some examples. Chunks, micro-batches and ranks add up: ``s1 + s2``.
+
+    Args:
+        layers: sums by clean layer name.
+        examples: N.
+        count: the likelihood's normaliser for these examples; N for an empirical estimate.
+        additive: whether ``count`` adds up over batches; False where the loss is a plain sum (normaliser "none").
+    """
+
+    layers: dict[str, LayerSums] = field(default_factory=dict)
+    examples: float = 0.0
+    count: Float[Tensor, ""] | float = 0.0
+    additive: bool = True
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        """Those of both sets of examples."""
+        layers = dict(self.layers)
+        for name, sums in other.layers.items():
+            layers[name] = layers[name] + sums if name in layers else sums
+        count = self.count + other.count if self.additive and other.additive else other.count
+        return Statistics(layers, self.examples + other.examples, count, self.additive and other.additive)
+
+    def scaled(self, factor: float) -> "Statistics":
+        """As if every example counted ``factor`` times; the factors stay the same, their weight in a sum does not."""
+        layers = {name: LayerSums(s.A * factor, s.G * factor, s.rows * factor) for name, s in self.layers.items()}
+        return replace(self, layers=layers, examples=self.examples * factor, count=self.count * factor)
+
+    def state(self) -> dict[str, Tensor]:
+        """Plain tensors, keyed by layer name and sum."""
+        state = {"examples": torch.tensor(self.examples, dtype=torch.float64)}
+        state["count"] = torch.as_tensor(self.count).clone()
+        state["additive"] = torch.tensor(self.additive)
+        for name, sums in self.layers.items():
+            state[f"{name}/A"], state[f"{name}/G"] = sums.A, sums.G
+            state[f"{name}/rows"] = torch.tensor(sums.rows, dtype=torch.float64)
+        return state
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> "Statistics":
+        """The inverse of :meth:`state`."""
+        names = [key.removesuffix("/A") for key in state if key.endswith("/A")]
+        layers = {n: LayerSums(state[f"{n}/A"], state[f"{n}/G"], float(state[f"{n}/rows"])) for n in names}
+        return cls(layers, float(state["examples"]), state["count"].clone(), bool(state["additive"]))
+
+
+def factors_from(statistics: Statistics) -> dict[str, Factors]:
+    """``A = ΣA / N`` and ``G = ΣG / rows · N / count`` of every layer; zero for a layer that was never used.
+
+    Raises:
+        ValueError: the statistics hold no example.
+    """
+    if not statistics.examples > 0:
+        raise ValueError("statistics of no example: add those of at least one batch first")
+    scale = statistics.examples / statistics.count
+    return {
+        name: Factors(
+            _factor(sums.A / statistics.examples),
+            _factor(sums.G * (scale / sums.rows if sums.rows else 0.0)),
+        )
+        for name, sums in statistics.layers.items()
+    }
+
+
+def to_dense(factor: Tensor | Diagonal) -> Float[Tensor, "d d"]:
+    """A factor as a matrix."""
+    return factor.to_dense() if isinstance(factor, Diagonal) else factor
+
+
+def _factor(mean: Tensor) -> Tensor | Diagonal:
+    return Diagonal(mean) if mean.ndim == 1 else mean
+
+
+def _added(x: Tensor, y: Tensor) -> Tensor:
+    if x.ndim != y.ndim:
+        x, y = (torch.diag(t) if t.ndim == 1 else t for t in (x, y))
+    return x + y

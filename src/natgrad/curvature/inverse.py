@@ -1,0 +1,194 @@
+r"""Inverses of one damped Kronecker block ``A ⊗ G``: immutable values that act on ``V [out, in (+1)]``.
+
+``(A ⊗ G) vec(V) = vec(G V A)`` with columns stacked, so that the inverse of a Kronecker product is one product from
+each side.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from natgrad.curvature.base import Diagonal, Factors
+from natgrad.damping import ExactTikhonov, FactoredTikhonov, check_damping
+from natgrad.linalg.spd import safe_eigh, spd_inverse
+
+
+class BlockInverse:
+    """The inverse of a damped block; never changes.
+
+    Attributes:
+        ok: a 0-d bool tensor: whether the inverse can be used. The factors were not finite or not definite where it
+            is False.
+    """
+
+    ok: Bool[Tensor, ""]
+
+    def apply(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
+        """The inverse times vec(V), as a matrix shaped like V."""
+        raise NotImplementedError
+
+    def to_dense(self) -> Float[Tensor, "size size"]:
+        """The matrix that acts on the stacked columns of V."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FactoredInverse(BlockInverse):
+    r"""``(A + π γ I)^{-1} ⊗ (G + γ/π I)^{-1}`` [KFAC, sec. 6.3, eq. 7]; a vector stands for a diagonal factor.
+
+    Applying it is two matrix products, one with a diagonal factor.
+    """
+
+    A: Tensor
+    G: Tensor
+    ok: Bool[Tensor, ""]
+
+    def apply(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
+        """``(G + γ/π I)^{-1} V (A + π γ I)^{-1}``."""
+        return _right(self.A, _left(self.G, V.to(self.G.dtype))).to(V.dtype)
+
+    def to_dense(self) -> Float[Tensor, "size size"]:
+        """The matrix that acts on the stacked columns of V."""
+        return torch.kron(*(torch.diag(x) if x.ndim == 1 else x for x in (self.A, self.G)))
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """``A = Q_A diag(a) Q_Aᵀ`` and ``G = Q_G diag(g) Q_Gᵀ``; None for the basis of a diagonal factor."""
+
+    QA: Float[Tensor, "columns columns"] | None
+    QG: Float[Tensor, "out out"] | None
+    a: Float[Tensor, " columns"]
+    g: Float[Tensor, " out"]
+    ok: Bool[Tensor, ""]
+
+    def rotate(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
+        """``Q_Gᵀ V Q_A``: V in the eigenbasis."""
+        V = V if self.QG is None else self.QG.T @ V
+        return V if self.QA is None else V @ self.QA
+
+    def rotate_back(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
+        """``Q_G V Q_Aᵀ``: the inverse of :meth:`rotate`."""
+        V = V if self.QG is None else self.QG @ V
+        return V if self.QA is None else V @ self.QA.T
+
+
+class ExactInverse(BlockInverse):
+    r"""``(A ⊗ G + damping I)^{-1}`` [KFAC, sec. 6.3, eq. 6] in an eigenbasis that it shares with its successors.
+
+    ``Q_G [ (Q_Gᵀ V Q_A) / (g aᵀ + damping) ] Q_Aᵀ``: four matrix products, two with one diagonal factor.
+
+    Args:
+        basis: of the undamped factors; rounding below zero is taken as zero.
+        damping: the coefficient of the identity, a number or a 0-d tensor.
+    """
+
+    def __init__(self, basis: Eigenbasis, damping: float | Tensor) -> None:
+        check_damping(damping)
+        self.basis = basis
+        self.scale = (torch.outer(basis.g, basis.a) + damping).reciprocal_()
+        self.ok = basis.ok
+
+    def apply(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
+        """``(A ⊗ G + damping I)^{-1} vec(V)`` as a matrix."""
+        rotated = self.basis.rotate(V.to(self.scale.dtype))
+        # With a basis the rotated matrix is ours to overwrite.
+        fresh = self.basis.QA is not None or self.basis.QG is not None
+        rotated = rotated.mul_(self.scale) if fresh else rotated * self.scale
+        return self.basis.rotate_back(rotated).to(V.dtype)
+
+    def to_dense(self) -> Float[Tensor, "size size"]:
+        """The matrix that acts on the stacked columns of V."""
+        basis = self.basis
+        QA = torch.diag(torch.ones_like(basis.a)) if basis.QA is None else basis.QA
+        QG = torch.diag(torch.ones_like(basis.g)) if basis.QG is None else basis.QG
+        Q = torch.kron(QA, QG)
+        return (Q * self.scale.T.reshape(-1)) @ Q.T
+
+
+def eigenbasis(factors: Factors, *, check: bool = False, what: str = "the block") -> Eigenbasis:
+    """The eigenbasis of a block; a diagonal factor is its own and costs nothing.
+
+    Raises:
+        ValueError: with ``check``, when a factor is not finite.
+    """
+    QA, a, ok_a = _basis(factors.A, check, f"A of {what}")
+    QG, g, ok_g = _basis(factors.G, check, f"G of {what}")
+    return Eigenbasis(QA, QG, a, g, ok_a & ok_g)
+
+
+def invert_block(
+    factors: Factors,
+    damping: float | Tensor,
+    rule: FactoredTikhonov | ExactTikhonov = FactoredTikhonov(),  # noqa: B008 - frozen
+    *,
+    check: bool = False,
+    what: str = "the block",
+) -> BlockInverse:
+    """The damped inverse of ``A ⊗ G``: a pure function.
+
+    Args:
+        factors: A and G.
+        damping: λ + η or γ², the coefficient of the identity; a number or a 0-d tensor.
+        rule: how the damping enters.
+        check: raise where the inverse could not be used, instead of returning one whose ``ok`` is False.
+        what: how an error names the block.
+
+    Raises:
+        ValueError: the damping is negative; with ``check``, the damped block is singular or not finite (a damping is
+            proposed).
+        TypeError: the rule is none of the two.
+    """
+    if isinstance(rule, ExactTikhonov):
+        basis = eigenbasis(factors, check=check, what=what)
+        if check:
+            _check_regular(basis, damping, what)
+        return ExactInverse(basis, damping)
+    if not isinstance(rule, FactoredTikhonov):
+        raise TypeError(f"rule: expected FactoredTikhonov(...) or ExactTikhonov(), got {rule!r}")
+    A, G = (x.vector if isinstance(x, Diagonal) else x for x in (factors.A, factors.G))
+    of_a, of_g = rule.split(A, G, damping)
+    if check:
+        _check_regular(eigenbasis(factors, check=True, what=what), damping, what)
+    A_inverse, ok_a = _inverted(A, of_a)
+    G_inverse, ok_g = _inverted(G, of_g)
+    return FactoredInverse(A_inverse, G_inverse, ok_a & ok_g)
+
+
+def _basis(factor: Tensor | Diagonal, check: bool, what: str) -> tuple[Tensor | None, Tensor, Tensor]:
+    if isinstance(factor, Diagonal):
+        return None, factor.vector.clamp(min=0), torch.isfinite(factor.vector).all()
+    values, vectors, ok = safe_eigh(factor, check=check, what=what)
+    return vectors, values.clamp(min=0), ok
+
+
+def _inverted(M: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    if M.ndim == 1:
+        damped = M + damping
+        return damped.reciprocal(), (damped > 0).all() & torch.isfinite(damped).all()
+    return spd_inverse(M, damping)
+
+
+def _check_regular(basis: Eigenbasis, damping: float | Tensor, what: str) -> None:
+    """Refuse an undamped inverse of a singular block."""
+    largest = float(basis.a.max() * basis.g.max())
+    smallest = float(basis.a.min() * basis.g.min())
+    precision = torch.finfo(basis.a.dtype).eps * max(len(basis.a), len(basis.g))
+    singular = any(bool(values.min() <= values.max() * precision) for values in (basis.a, basis.g))
+    if float(damping) == 0 and (singular or smallest <= 0):
+        mean = float(basis.a.mean() * basis.g.mean())
+        proposal = 1e-3 * (mean or largest or 1.0)
+        raise ValueError(
+            f"{what} is singular (eigenvalues from {smallest:.1e} to {largest:.1e}) and has no undamped inverse; "
+            f"pass a damping, for example damping={proposal:.1e}"
+        )
+
+
+def _left(G: Tensor, V: Tensor) -> Tensor:
+    return G[:, None] * V if G.ndim == 1 else G @ V
+
+
+def _right(A: Tensor, V: Tensor) -> Tensor:
+    return V * A if A.ndim == 1 else V @ A

@@ -1,0 +1,196 @@
+"""Block-diagonal K-FAC: statistics of a batch, factors, inverses of blocks [KFAC, sec. 3, 4.2, 5, 6.3]."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from natgrad.curvature.base import Diagonal, Factors, LayerSums, Statistics, factors_from, to_dense
+from natgrad.curvature.cotangents import check_expectation, cotangents, fisher_diagonal
+from natgrad.curvature.inverse import (
+    BlockInverse,
+    Eigenbasis,
+    ExactInverse,
+    FactoredInverse,
+    eigenbasis,
+    invert_block,
+)
+from natgrad.layers.capture import Capture, Record
+from natgrad.layers.factors import flatten_rows, input_moment, second_moment
+from natgrad.likelihoods import Likelihood
+from natgrad.model_view import ModelView, select_rows
+
+__all__ = [
+    "BlockInverse",
+    "Diagonal",
+    "Eigenbasis",
+    "ExactInverse",
+    "FactoredInverse",
+    "Factors",
+    "Statistics",
+    "collect",
+    "eigenbasis",
+    "factors_from",
+    "invert_block",
+    "statistics_from",
+    "to_dense",
+]
+
+
+def collect(
+    view: ModelView,
+    capture: Capture,
+    likelihood: Likelihood,
+    x: Any,
+    *,
+    expectation: str = "sampled",
+    y: Any = None,
+    weight: Tensor | None = None,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    diagonal_output: bool = True,
+) -> Statistics:
+    """Statistics of one batch, by an eager pass of its own: works with compiled and checkpointed models.
+
+    Buffers and the global random streams are left as they were. Arguments as in :func:`statistics_from`.
+    """
+    check_expectation(likelihood, expectation, y, samples)
+    with view.curvature_pass(), view.snapshot():
+        with torch.enable_grad(), capture.record() as record:
+            z = view(x)
+        return statistics_from(
+            record,
+            z,
+            likelihood,
+            targets=y,
+            weight=weight,
+            expectation=expectation,
+            samples=samples,
+            generator=generator,
+            diagonal_output=diagonal_output,
+        )
+
+
+@torch.no_grad()
+def statistics_from(
+    record: Record,
+    z: Float[Tensor, "batch ..."],
+    likelihood: Likelihood,
+    *,
+    rows: int | None = None,
+    targets: Any = None,
+    weight: Tensor | None = None,
+    expectation: str = "sampled",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    diagonal_output: bool = True,
+) -> Statistics:
+    """Statistics from a forward pass that was recorded, by further backward passes; its graph is kept.
+
+    Args:
+        record: of the forward pass.
+        z: its output, with its graph.
+        likelihood: p(y | z).
+        rows: take the first so many examples only; dimension 0 of z is that of the examples.
+        targets: y of the whole batch; for ``"empirical"``, and where the curvature or the count depends on y.
+        weight: per-target weights of the loss.
+        expectation: ``"exact"`` (all of F_R), ``"sampled"`` (y drawn from the model) or ``"empirical"`` (y given).
+        samples: draws of y per example.
+        generator: the source of the draws.
+        diagonal_output: use the output layer's G where it is diagonal and known without sampling (Gaussian and
+            Bernoulli).
+
+    Raises:
+        ValueError: targets are missing, or the expectation is unknown.
+        RuntimeError: as :attr:`Record.inputs` and :meth:`Record.output_gradients`.
+    """
+    check_expectation(likelihood, expectation, targets, samples, name="targets" if rows else "y")
+    batch = z.shape[0]
+    rows = batch if rows is None else min(rows, batch)
+    z_rows = z.detach()[:rows]
+    if rows < batch:
+        targets = None if targets is None else select_rows(targets, slice(0, rows))
+        weight = weight[:rows] if weight is not None and weight.ndim and weight.shape[0] == batch else weight
+    source = record.source(z) if diagonal_output and expectation != "empirical" else None
+    diagonal = fisher_diagonal(likelihood, z_rows, targets, weight) if source is not None else None
+    known = (
+        {source: flatten_rows(diagonal.expand_as(z_rows)).sum(0)} if source is not None and diagonal is not None else {}
+    )
+    sums = {name: _input_sums(record.layers[name], found, rows, batch) for name, found in record.inputs.items()}
+    if set(sums) - set(known):
+        stacks = cotangents(
+            likelihood,
+            z_rows,
+            expectation=expectation,
+            targets=targets,
+            weight=weight,
+            samples=samples,
+            generator=generator,
+        )
+        for stack in stacks:
+            for found in _output_gradients(record, z, stack):
+                for name in set(found) - set(known):
+                    _add_outputs(sums[name], found[name], rows, batch)
+    for name, vector in known.items():
+        sums[name].G = vector.to(sums[name].A.dtype)
+    count: Tensor | float = float(rows)
+    if expectation != "empirical":
+        count = torch.as_tensor(likelihood.count(z_rows, targets, weight), dtype=z.dtype, device=z.device)
+    additive = expectation == "empirical" or getattr(likelihood, "normalizer", None) != "none"
+    return Statistics(sums, float(rows), count, additive)
+
+
+def trainable_parts(layer: nn.Module) -> tuple[bool, bool]:
+    """Whether the weight and the bias of a linear layer are trained: a block covers just what is."""
+    bias = layer.bias
+    return layer.weight.requires_grad, bias is not None and bias.requires_grad
+
+
+def _input_sums(layer: nn.Module, inputs: list[Tensor], rows: int, batch: int) -> LayerSums:
+    weight, bias = trainable_parts(layer)
+    total: Tensor | None = None
+    used = 0.0
+    for a in inputs:
+        a, share = leading_examples(a, rows, batch)
+        moment = input_moment(a.to(layer.weight.dtype), weight, bias)
+        moment = moment if share == 1 else moment.mul_(share)
+        total = moment if total is None else total.add_(moment)
+        used += share * (a.numel() // a.shape[-1])
+    assert total is not None  # a layer without calls has no entry
+    out = layer.weight.shape[0]
+    return LayerSums(total, total.new_zeros(out, out), used)
+
+
+def _add_outputs(sums: LayerSums, gradients: list[Tensor], rows: int, batch: int) -> None:
+    for g in gradients:
+        # Rows of other examples hold zeros: where they cannot be told apart they do no harm.
+        second_moment(flatten_rows(leading_examples(g, rows, batch)[0]).to(sums.G.dtype), out=sums.G)
+
+
+def leading_examples(x: Tensor, rows: int, batch: int) -> tuple[Tensor, float]:
+    """The first ``rows`` examples of a tensor, and the share of them in what is returned.
+
+    The examples are in dimension 0. A tensor with another one (positions first, examples and positions flattened) is
+    returned whole: then the share is ``rows / batch``, by which a sum over all of its rows estimates that over the
+    leading examples.
+    """
+    if rows == batch:
+        return x, 1.0
+    return (x[:rows], 1.0) if x.ndim > 1 and x.shape[0] == batch else (x, rows / batch)
+
+
+def _output_gradients(record: Record, z: Tensor, stack: Float[Tensor, "k rows ..."]) -> list[dict[str, list[Tensor]]]:
+    """The g's of every cotangent of a stack; one vectorised backward pass where that works."""
+    if stack.shape[1] < z.shape[0]:
+        whole = stack.new_zeros(stack.shape[0], *z.shape)
+        whole[:, : stack.shape[1]] = stack
+        stack = whole
+    if len(stack) > 1:
+        try:
+            found = record.output_gradients(z, stack, batched=True)
+        except (RuntimeError, NotImplementedError):  # an operation without a batching rule: one by one
+            pass
+        else:
+            return [{name: [g[i] for g in gs] for name, gs in found.items()} for i in range(len(stack))]
+    return [record.output_gradients(z, cotangent) for cotangent in stack]

@@ -1,0 +1,1 @@
+"""Layers: what is captured of them, and how that becomes Kronecker factors."""

@@ -1,0 +1,233 @@
+"""Hooks that record what enters layers, and where in the graph their outputs are.
+
+Nothing else in the library touches hooks. A :class:`Capture` puts one permanent forward hook on every layer. The
+hooks do nothing until :meth:`Capture.record` is entered, so that they may be there before a model is compiled
+(compiled code skips them; run recorded passes under the stance ``"force_eager"``). They hold the capture weakly, and
+a deep or pickled copy of a hooked model has inert hooks.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+
+class _Call(NamedTuple):
+    input: Tensor  # detached; shares its version counter with the tensor that the layer received
+    version: int | None
+    edge: GradientEdge | None  # None where the output does not require a gradient
+    output: tuple[torch.Size, torch.dtype, torch.device]
+
+
+class Record:
+    """What one recorded forward pass left behind.
+
+    Args:
+        layers: the recorded layers by clean name.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = dict(layers)
+        self._calls: dict[str, list[_Call]] = {name: [] for name in layers}
+        self._untracked: set[str] = set()
+
+    @property
+    def inputs(self) -> dict[str, list[Tensor]]:
+        """The inputs of each layer, one per call, detached, as given to the layer; no entry for a layer never called.
+
+        Raises:
+            RuntimeError: an input was changed in place after the layer had used it.
+        """
+        return {name: [_unchanged(name, call) for call in calls] for name, calls in self._calls.items() if calls}
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How often each layer was called."""
+        return {name: len(calls) for name, calls in self._calls.items()}
+
+    def source(self, z: Tensor) -> str | None:
+        """The name of the layer whose only call returned exactly z, or None."""
+        if not z.requires_grad or z.grad_fn is None:
+            return None
+        edge = get_gradient_edge(z)
+        for name, calls in self._calls.items():
+            if len(calls) == 1 and calls[0].edge == edge and calls[0].output[0] == z.shape:
+                return name
+        return None
+
+    def output_gradients(
+        self, z: Tensor, cotangent: Tensor, retain_graph: bool = True, *, batched: bool = False
+    ) -> dict[str, list[Tensor]]:
+        r"""``g = (∂z/∂s)ᵀ cotangent`` for the output s of every call, by one backward pass without weight gradients.
+
+        Args:
+            z: the output of the recorded forward pass.
+            cotangent: shaped like z; with ``batched``, ``[k, *z.shape]`` for k backward passes at once.
+            retain_graph: keep the graph for further passes.
+            batched: see ``cotangent``; every g then is ``[k, *s.shape]``.
+
+        Returns:
+            lists parallel to those of :attr:`inputs`; zeros where z does not depend on an output.
+
+        Raises:
+            RuntimeError: a layer ran inside reentrant activation checkpointing, which hides its output from the graph.
+        """
+        return self.gradients(z, cotangent, retain_graph=retain_graph, batched=batched)[0]
+
+    def gradients(
+        self,
+        z: Tensor,
+        cotangent: Tensor,
+        parameters: Iterable[Tensor] = (),
+        retain_graph: bool = True,
+        *,
+        batched: bool = False,
+    ) -> tuple[dict[str, list[Tensor]], list[Tensor | None]]:
+        """As :meth:`output_gradients`, and in the same pass the gradients of parameters (None where z has none)."""
+        if self._untracked and _uses_reentrant_checkpoint(z):
+            raise RuntimeError(
+                f"{', '.join(sorted(self._untracked))}: called inside torch.utils.checkpoint with use_reentrant=True, "
+                "which hides the layer's output from the graph; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        parameters = list(parameters)
+        edges = [call.edge for calls in self._calls.values() for call in calls if call.edge is not None]
+        wanted: Sequence[Any] = [*edges, *parameters]
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if wanted and z.requires_grad:
+            found = torch.autograd.grad(
+                z, wanted, cotangent, retain_graph=retain_graph, allow_unused=True, is_grads_batched=batched
+            )
+        batch = cotangent.shape[:1] if batched else ()
+        remaining = iter(found)
+        gradients: dict[str, list[Tensor]] = {}
+        for name, calls in self._calls.items():
+            if calls:
+                gradients[name] = [
+                    _or_zeros(next(remaining) if call.edge is not None else None, call, batch) for call in calls
+                ]
+        return gradients, list(remaining)
+
+    def _add(self, name: str, a: Tensor, output: Tensor) -> None:
+        edge = get_gradient_edge(output) if output.requires_grad else None
+        if edge is None:
+            self._untracked.add(name)
+        version = None if a.is_inference() else a._version
+        self._calls[name].append(_Call(a.detach(), version, edge, (output.shape, output.dtype, output.device)))
+
+    def _clear(self) -> None:
+        for calls in self._calls.values():
+            calls.clear()
+        self._untracked.clear()
+
+
+class Capture:
+    """Permanent hooks on some layers of a model, silent until asked.
+
+    Args:
+        model: the model that owns the layers (kept by nobody: the hooks live on the layers).
+        layers: the layers to record, by clean name; each takes one tensor and returns one.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        del model
+        self.layers = dict(layers)
+        self._record: Record | None = None
+        hooks = [(layer, _Hook(self, name, layer)) for name, layer in self.layers.items()]
+        handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer, hook in hooks]
+        self._finalizer = weakref.finalize(self, _remove, handles)
+
+    @contextmanager
+    def record(self) -> Iterator[Record]:
+        """Record the forward calls made inside the block.
+
+        An exception inside the block leaves nothing recorded and nothing active.
+
+        Raises:
+            RuntimeError: this capture is recording already.
+        """
+        if self._record is not None:
+            raise RuntimeError("this capture is recording already: leave the outer record() first")
+        record = Record(self.layers)
+        self._record = record
+        try:
+            yield record
+        except BaseException:
+            record._clear()
+            raise
+        finally:
+            self._record = None
+
+    def remove(self) -> None:
+        """Take the hooks off the layers; happens by itself when the capture is garbage."""
+        self._finalizer()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Capture":
+        raise TypeError(
+            "a Capture belongs to the layers it hooks and cannot be copied; make a new one for the copied model"
+        )
+
+
+class _Hook:
+    """The forward hook of one layer. Copies are inert: they belong to no capture."""
+
+    def __init__(self, capture: Capture | None, name: str = "", layer: nn.Module | None = None) -> None:
+        self._capture = weakref.ref(capture) if capture is not None else None
+        self._layer = weakref.ref(layer) if layer is not None else None
+        self._name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if torch.compiler.is_compiling() or self._capture is None:
+            return
+        capture = self._capture()
+        if capture is None or capture._record is None or self._layer is None or self._layer() is not module:
+            return
+        if torch._C._current_graph_task_id() != -1:  # activation checkpointing recomputes the forward pass
+            return
+        a = args[0] if args else next(iter(kwargs.values()))
+        capture._record._add(self._name, a, output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+        return _Hook(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None,)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _unchanged(name: str, call: _Call) -> Tensor:
+    if call.version is not None and call.input._version != call.version:
+        raise RuntimeError(
+            f"the input of layer {name!r} was changed in place after the layer had used it, so its statistics would "
+            "be wrong; change a copy instead (x = x + 1 in place of x += 1, inplace=False)"
+        )
+    return call.input
+
+
+def _or_zeros(g: Tensor | None, call: _Call, batch: Sequence[int]) -> Tensor:
+    if g is not None:
+        return g
+    shape, dtype, device = call.output
+    return torch.zeros((*batch, *shape), dtype=dtype, device=device)
+
+
+def _uses_reentrant_checkpoint(z: Tensor) -> bool:
+    """Whether the graph of z holds a reentrant checkpoint, under which layers run without a graph of their own."""
+    seen: set[Any] = set()
+    todo = [z.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        todo.extend(parent for parent, _ in node.next_functions)
+    return False

@@ -1,0 +1,52 @@
+"""From layer inputs a and output derivatives g to sums of outer products: pure functions.
+
+Rows are uses of a layer: one per example for a plain batch, one per example and position for a sequence, one more for
+every further call. Sums, never means: the division is made once, in :mod:`natgrad.curvature.base`.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def flatten_rows(x: Float[Tensor, "... d"]) -> Float[Tensor, "rows d"]:
+    """All leading dimensions as one; a vector is one row."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def with_ones(a: Float[Tensor, "... d"], bias: bool) -> Float[Tensor, "rows columns"]:
+    """``[a 1]``: the homogeneous coordinate is the last column; without a bias just the rows of a."""
+    a = flatten_rows(a)
+    return torch.cat([a, a.new_ones(a.shape[0], 1)], dim=1) if bias else a
+
+
+def second_moment(x: Float[Tensor, "rows d"], out: Float[Tensor, "d d"] | None = None) -> Float[Tensor, "d d"]:
+    """``Σ x xᵀ`` over the rows, added to ``out`` in place where that is given."""
+    if out is None:
+        return torch.mm(x.T, x)
+    return out.addmm_(x.T, x)
+
+
+def input_moment(a: Float[Tensor, "... d"], weight: bool = True, bias: bool = True) -> Float[Tensor, "columns columns"]:
+    r"""``Σ ā āᵀ`` over the rows, with ``ā = [a 1]`` where the layer has a bias: the raw sum behind the factor A.
+
+    Assembled from ``Σ a aᵀ``, the column sums and the number of rows: the column of ones is never materialised.
+
+    Args:
+        a: layer inputs, any number of leading dimensions.
+        weight: whether a itself belongs to the block (False for a frozen weight).
+        bias: whether the homogeneous 1 belongs to it, as the last coordinate.
+    """
+    a = flatten_rows(a)
+    rows, d = a.shape
+    if not bias:
+        return second_moment(a)
+    if not weight:
+        return a.new_full((1, 1), rows)
+    moment = a.new_empty(d + 1, d + 1)
+    torch.mm(a.T, a, out=moment[:d, :d])
+    sums = a.sum(0)
+    moment[:d, d] = sums
+    moment[d, :d] = sums
+    moment[d, d] = rows
+    return moment
