@@ -1,7 +1,7 @@
 """The one contract of a linear operator: ``@``, ``.T``, ``to_dense``, ``quadratic_form``, ``to_scipy``.
 
-A subclass supplies the product with the columns of a matrix, `LinearOperator._matmat`, and, unless it is symmetric, that
-of its transpose. Operators are values: a product never changes the operator, the model or any global state.
+A subclass supplies the product with the columns of a matrix, `LinearOperator._matmat`, and, unless it is symmetric,
+that of its transpose. Operators are values: a product never changes the operator, the model or any global state.
 """
 
 from collections.abc import Mapping
