@@ -1,0 +1,70 @@
+"""Factors averaged over the updates: ``Ā ← ε Ā + (1 − ε) A`` with ``ε = min(1 − 1/k, decay)`` [KFAC, sec. 5]."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from natgrad.curvature.base import Diagonal, Factors, to_dense
+
+
+class RunningFactors:
+    """The decayed average of every layer's factors; k counts the estimates that went in.
+
+    An estimate that holds NaN or infinite values changes nothing.
+
+    Args:
+        decay: the cap on ε.
+
+    Raises:
+        ValueError: decay is outside [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.95) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay}: expected 0 <= decay < 1, such as 0.95")
+        self.decay = decay
+        self.factors: dict[str, Factors] = {}
+        self.updates: Tensor | None = None
+
+    def update(self, estimate: Mapping[str, Factors], usable: Bool[Tensor, ""]) -> Bool[Tensor, ""]:
+        """Take in one estimate.
+
+        Args:
+            estimate: factors by layer name.
+            usable: False leaves the averages as they are.
+
+        Returns:
+            whether it went in: usable and finite.
+        """
+        tensors = [tensor for factors in estimate.values() for tensor in (_values(factors.A), _values(factors.G))]
+        usable = usable & torch.isfinite(torch.stack([tensor.sum().double() for tensor in tensors]).sum())
+        if self.updates is None:
+            self.updates = torch.zeros((), dtype=torch.float64, device=usable.device)
+            zero = {name: Factors(_zeros(factors.A), _zeros(factors.G)) for name, factors in estimate.items()}
+            self.factors = zero
+        self.updates = self.updates + usable
+        epsilon = torch.clamp(1 - 1 / self.updates.clamp(min=1), max=self.decay)
+        for name, new in estimate.items():
+            old = self.factors[name]
+            averaged = (_average(old.A, new.A, epsilon, usable), _average(old.G, new.G, epsilon, usable))
+            self.factors[name] = Factors(*averaged)
+        return usable
+
+
+def _values(factor: Tensor | Diagonal) -> Tensor:
+    return factor.vector if isinstance(factor, Diagonal) else factor
+
+
+def _zeros(factor: Tensor | Diagonal) -> Tensor | Diagonal:
+    zeros = torch.zeros_like(_values(factor))
+    return Diagonal(zeros) if isinstance(factor, Diagonal) else zeros
+
+
+def _average(old: Tensor | Diagonal, new: Tensor | Diagonal, epsilon: Tensor, usable: Tensor) -> Tensor | Diagonal:
+    if isinstance(old, Diagonal) != isinstance(new, Diagonal):
+        old, new = to_dense(old), to_dense(new)
+    values, estimate = _values(old), _values(new)
+    values.lerp_(torch.where(usable, estimate, values), (1 - epsilon).to(values.dtype))
+    return Diagonal(values) if isinstance(old, Diagonal) else values

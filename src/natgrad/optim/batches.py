@@ -1,0 +1,54 @@
+"""From what a user hands to ``step`` to a list of (inputs, targets) micro-batches."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from natgrad.model_view import batch_size, select_rows
+
+
+def micro_batches(inputs: Any, targets: Any, size: int | None) -> list[tuple[Any, Any]]:
+    """The micro-batches of one batch.
+
+    Args:
+        inputs: one batch; or, with ``targets=None``, an iterable of (inputs, targets) pairs.
+        targets: the targets of the batch.
+        size: at most this many examples in a micro-batch; None leaves the batches as they are.
+
+    Raises:
+        ValueError: no data, lengths that differ, or a size below 1.
+        TypeError: inputs that are neither a batch nor an iterable of pairs.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"micro_batch_size={size}: expected a positive number of examples, or None")
+    if targets is None:
+        if isinstance(inputs, Tensor | Mapping) or not isinstance(inputs, Iterable):
+            raise TypeError(
+                f"targets is missing and inputs is a {type(inputs).__name__}: expected step(inputs, targets), or an iterable "
+                "of (inputs, targets) micro-batches"
+            )
+        pairs = list(inputs)
+        for pair in pairs:
+            if not (isinstance(pair, tuple | list) and len(pair) == 2):
+                raise TypeError(
+                    f"inputs: with targets=None each element must be a pair (inputs, targets); got {type(pair).__name__}"
+                )
+        batches = [(pair[0], pair[1]) for pair in pairs]
+    else:
+        batches = [(inputs, targets)]
+    if not batches:
+        raise ValueError("inputs: the batch is empty; expected at least one (inputs, targets) micro-batch")
+    split: list[tuple[Any, Any]] = []
+    for x, y in batches:
+        rows = batch_size(x)
+        if batch_size(y) != rows:
+            raise ValueError(f"targets: {batch_size(y)} examples for {rows} inputs; expected one target for each example")
+        if size is None or rows <= size:
+            split.append((x, y))
+        else:
+            pieces = range(0, rows, size)
+            split.extend((select_rows(x, slice(i, i + size)), select_rows(y, slice(i, i + size))) for i in pieces)
+    return split
+
+

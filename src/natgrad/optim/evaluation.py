@@ -1,0 +1,156 @@
+"""Loss, gradient and curvature statistics of a batch, in one walk over its chunks.
+
+The rows that curvature is estimated from (τ₂ m of them, the first τ₁ m of those for the factors [KFAC, sec. 8]) form a chunk
+of their own. Its single forward pass serves the gradient, the backward pass with sampled targets and the linearised pass; the
+other rows see nothing but the gradient.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from natgrad.curvature.base import Statistics
+from natgrad.curvature.kfac import statistics_from
+from natgrad.layers.capture import Capture, Record
+from natgrad.likelihoods import Likelihood, score
+from natgrad.model_view import ModelView, Replay, batch_size, select_rows
+from natgrad.optim.layout import JointLayout
+from natgrad.optim.settings import Subsets
+
+
+@dataclass
+class Tape:
+    """What is kept of one chunk of curvature rows until the update is accepted."""
+
+    inputs: Any
+    targets: Any
+    replay: Replay
+    layer_inputs: dict[str, Tensor]
+    z: Float[Tensor, "rows ..."]
+    derivative: Float[Tensor, "rows ..."]  # of the summed nll with respect to z
+    nll: Float[Tensor, ""]  # summed
+    count: Float[Tensor, ""]
+
+
+@dataclass
+class Evaluation:
+    """The mean loss and its gradient over the whole batch, and the curvature rows' statistics and tapes."""
+
+    loss: Float[Tensor, ""]
+    gradient: Float[Tensor, " size"]
+    statistics: Statistics | None
+    tapes: list[Tape]
+    count: Float[Tensor, ""]
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # (a, g) per chunk, for the low-rank form
+
+
+def couples_examples(model: nn.Module) -> bool:
+    """Whether an example's output depends on the other examples: batch normalisation in training mode."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules())
+
+
+@dataclass
+class Evaluator:
+    """Evaluates batches of one model; holds nothing that changes."""
+
+    view: ModelView
+    likelihood: Likelihood
+    capture: Capture
+    layout: JointLayout
+    diagonal_output: bool = True
+
+    def __call__(
+        self,
+        batches: Iterable[tuple[Any, Any]],
+        subsets: Subsets,
+        generator: torch.Generator,
+        into: Float[Tensor, " size"],
+        keep_rows: bool = False,
+    ) -> Evaluation:
+        """Loss, gradient (written to ``into``), statistics and tapes.
+
+        Args:
+            batches: (inputs, targets) micro-batches of one batch.
+            subsets: the shares τ₁ and τ₂.
+            generator: the source of the subsets and of the sampled targets.
+            into: a flat buffer that receives the gradient of the mean loss, without the l2 term.
+            keep_rows: keep every a and g of the batch for the low-rank form.
+        """
+        into.zero_()
+        total = torch.zeros((), dtype=into.dtype, device=into.device)
+        count = torch.zeros_like(total)
+        statistics: Statistics | None = None
+        tapes: list[Tape] = []
+        rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for inputs, targets in batches:
+            for chunk_inputs, chunk_targets, sampled_rows in self._split(inputs, targets, subsets, generator):
+                replay = self.view.snapshot() if sampled_rows else None
+                with torch.enable_grad(), self.capture.record() as record:
+                    z = self.view(chunk_inputs)
+                derivative, nll, chunk_count = self._loss(z, chunk_targets)
+                gradients = self._accumulate(record, z, derivative, into, retain=bool(sampled_rows))
+                total += nll
+                count += chunk_count
+                if keep_rows:
+                    for name, found in record.inputs.items():
+                        pairs = zip(found, gradients[name], strict=True)
+                        rows.setdefault(name, []).extend((a.flatten(0, -2), g.flatten(0, -2)) for a, g in pairs)
+                if sampled_rows and replay is not None:
+                    new = statistics_from(
+                        record, z, self.likelihood, rows=sampled_rows, targets=chunk_targets, generator=generator,
+                        diagonal_output=self.diagonal_output,
+                    )
+                    statistics = new if statistics is None else statistics + new
+                    layer_inputs = {name: found[0].detach() for name, found in record.inputs.items() if len(found) == 1}
+                    tapes.append(
+                        Tape(chunk_inputs, chunk_targets, replay, layer_inputs, z.detach(), derivative, nll, chunk_count)
+                    )
+                del record, z
+        into /= count
+        return Evaluation(total / count, into, statistics, tapes, count, rows)
+
+    def _split(
+        self, inputs: Any, targets: Any, subsets: Subsets, generator: torch.Generator
+    ) -> Iterator[tuple[Any, Any, int]]:
+        """The curvature rows, then the rest: (inputs, targets, number of leading rows that get sampled targets)."""
+        size = batch_size(inputs)
+        wanted = size if couples_examples(self.view.module) else -int(-size * subsets.curvature // 1)
+        sampled = max(1, min(wanted, round(size * subsets.factors)))
+        if wanted >= size:
+            yield inputs, targets, sampled
+            return
+        order = torch.randperm(size, generator=generator, device=generator.device)
+        first, rest = order[:wanted], order[wanted:]
+        yield select_rows(inputs, first), select_rows(targets, first), sampled
+        yield select_rows(inputs, rest), select_rows(targets, rest), 0
+
+    def _loss(self, z: Tensor, targets: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(d nll / dz, nll, count) of the summed nll."""
+        leaf = z.detach().requires_grad_()
+        with torch.enable_grad():
+            nll = self.likelihood.nll(leaf, targets, count=1)
+        (derivative,) = torch.autograd.grad(nll, leaf)
+        return derivative, nll.detach(), torch.as_tensor(self.likelihood.count(leaf.detach(), targets), device=z.device)
+
+    def _accumulate(
+        self, record: Record, z: Tensor, cotangent: Tensor, into: Tensor, *, retain: bool
+    ) -> dict[str, list[Tensor]]:
+        """Add this chunk's gradient of the summed nll to ``into``; returns the g's."""
+        others = self.layout.others(into)
+        other_parameters = [self.view.parameters[name] for name in others]
+        gradients, other_gradients = record.gradients(z, cotangent, parameters=other_parameters, retain_graph=retain)
+        for name, block in self.layout.blocks(into).items():
+            for a, g in zip(record.inputs[name], gradients[name], strict=True):
+                a, g = a.flatten(0, -2), g.flatten(0, -2)
+                width = a.shape[-1]
+                block[:, :width].addmm_(g.T, a)
+                if block.shape[1] > width:
+                    block[:, width].add_(g.sum(0))
+        for part, gradient in zip(others.values(), other_gradients, strict=True):
+            if gradient is not None:
+                part.add_(gradient)
+        return gradients

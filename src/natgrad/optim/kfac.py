@@ -1,0 +1,355 @@
+"""K-FAC: [KFAC, Algorithm 2] for the block-diagonal inverse.
+
+One update, in the order of the paper: gradient and sampled statistics of the mini-batch, inverse (every T₃), proposal
+``Δ = −F̆^{-1} ∇h``, coefficients (α, μ) of ``δ = α Δ + μ δ₀`` from the exact F, reduction ratio ρ, λ rule (every T₁) and γ rule
+(every T₂). Every decision is a tensor on the device; a number reaches Python only when somebody reads ``stats``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from natgrad.curvature.base import factors_from
+from natgrad.curvature.inverse import BlockInverse, Eigenbasis, ExactInverse, FactoredInverse, eigenbasis, invert_block
+from natgrad.curvature.running import RunningFactors
+from natgrad.damping import ExactTikhonov, FactoredTikhonov
+from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
+from natgrad.layers.capture import Capture
+from natgrad.layers.coverage import cover
+from natgrad.likelihoods import Likelihood
+from natgrad.model_view import Forward, ModelView, batch_size
+from natgrad.operators.linearize import Chain
+from natgrad.optim.batches import micro_batches
+from natgrad.optim.evaluation import Evaluation, Evaluator, Tape
+from natgrad.optim.layout import JointLayout
+from natgrad.optim.low_rank import low_rank_apply, low_rank_pays
+from natgrad.optim.local_model import LocalModel
+from natgrad.optim.settings import Damping, Periods, StepGuard, Subsets
+from natgrad.optim.stats import Stats
+from natgrad.quadratic import best_coefficients, best_step, reduction_ratio
+
+
+class KFAC(torch.optim.Optimizer):
+    r"""Kronecker-factored approximate curvature with automatic step sizes [KFAC, Algorithm 2].
+
+    Each :meth:`step` evaluates a mini-batch and updates the parameters by ``δ = α Δ + μ δ₀`` with ``Δ = −F̆_γ^{-1} ∇h``, where
+    ``h`` is the mean loss plus ``η/2 ‖θ‖²``, ``F̆_γ`` the block-diagonal Kronecker-factored Fisher damped by γ, and (α, μ)
+    minimise ``M(δ) = ½ δᵀ(F + (λ+η) I) δ + ∇h·δ + h`` with the exact Fisher F of a subset of the batch. λ follows the
+    Levenberg-Marquardt rule.
+
+    Args:
+        model: any module; its ``nn.Linear`` layers get Kronecker factors.
+        likelihood: ``p(y | z)``; its ``nll`` is the loss.
+        structure: ``"block_diagonal"``.
+        damping: None (λ is found on the first batch), a number (λ without η at the first update) or a :class:`Damping`.
+        l2: η, the coefficient of ``½ ‖θ‖²`` in the objective.
+        momentum: whether δ₀ takes part (False gives μ = 0).
+        seed: of the optimiser's own random stream (subsets, sampled targets).
+        forward: ``forward(model, inputs) -> z`` for models that are not called as ``model(inputs)``.
+        subsets: τ₁ and τ₂.
+        periods: T₃ and the early refreshes.
+        guard: when an update is rejected, or None to accept every one.
+        decay: the cap on ε in the decayed averages of the factors, ``ε = min(1 − 1/k, decay)``.
+        static_inputs: all inputs of the training set, where the first layers see them unchanged at every update: their
+            factor A is then computed once, exactly.
+        uncovered: what happens to trainable parameters that no factor covers: ``"error"``, ``"identity"`` or ``"diagonal"``.
+
+    Raises:
+        ValueError: a setting out of range, or an uncovered parameter (it is named).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        structure: str = "block_diagonal",
+        damping: float | Damping | None = None,
+        l2: float = 0.0,
+        momentum: bool = True,
+        seed: int = 0,
+        forward: Forward | None = None,
+        subsets: Subsets = Subsets(1 / 8, 1 / 8),
+        periods: Periods = Periods(),
+        guard: StepGuard | None = StepGuard(),
+        decay: float = 0.95,
+        static_inputs: Any = None,
+        uncovered: str = "error",
+        lr: float = 1.0,
+    ) -> None:
+        if structure != "block_diagonal":
+            raise ValueError(f"structure={structure!r}: KFAC knows 'block_diagonal'")
+        if not l2 >= 0:
+            raise ValueError(f"l2={l2}: expected a non-negative number")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay}: expected 0 <= decay < 1")
+        self.damping = damping if isinstance(damping, Damping) else Damping(value=damping)
+        if self.damping.gamma is not None and self.damping.gamma.every % periods.inverses:
+            raise ValueError(
+                f"GreedyGamma(every={self.damping.gamma.every}): T₂ must be a multiple of T₃ = {periods.inverses}, the period of the inverses"
+            )
+        view = ModelView(model, forward)
+        self.coverage = cover(view, uncovered=uncovered)
+        super().__init__(list(view.parameters.values()), {"lr": lr})
+        self.view, self.likelihood = view, likelihood
+        self.l2, self.momentum, self.subsets, self.periods, self.guard, self.decay = l2, momentum, subsets, periods, guard, decay
+        self.layout = JointLayout(view, self.coverage.layers)
+        self.capture = Capture(model, self.coverage.layers)
+        self.chain = Chain.of(view)
+        self._evaluator = Evaluator(view, likelihood, self.capture, self.layout)
+        self._static_inputs = static_inputs
+        device = next(iter(view.parameters.values())).device
+        self._generator = torch.Generator(device=device).manual_seed(seed)
+        scalar = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        self._update_number = 0
+        self._lam = scalar + (self.damping.value if self.damping.value is not None else torch.nan)
+        self._gamma = (self._lam + l2).sqrt()
+        self._running = RunningFactors(decay)
+        self.local = LocalModel(view, likelihood, self.layout, self.chain)
+        self._blocks: dict[str, BlockInverse] = {}
+        self._failures = 0
+        self._bases: dict[str, Eigenbasis] = {}
+        self._gradient, self._proposal, self._previous = (self.layout.zeros() for _ in range(3))
+        self._counts = {"skipped": scalar.clone(), "rejected": scalar.clone()}
+        self.stats = Stats()
+
+    @classmethod
+    def paper(cls, model: nn.Module, likelihood: Likelihood, *, l2: float = 1e-5, **settings: Any) -> "KFAC":
+        """Exactly the published algorithm and constants [KFAC, sec. 6, 8, 13].
+
+        λ₀ = 150, T₁ = 5, T₂ = 20, T₃ = 20, ω₁ = (19/20)^T₁, ω₂ = (√(19/20))^T₂, factored Tikhonov damping with the
+        trace-norm π, the greedy γ rule on M(δ), τ₁ = 1/8, τ₂ = 1/4, ε = min(1 − 1/k, 0.95), η = 10⁻⁵, inverses at k ≤ 3; no
+        step guard and no other bound.
+        """
+        published: dict[str, Any] = {
+            "damping": Damping(150.0, FactoredTikhonov(pi="trace"), LevenbergMarquardt(), GreedyGamma()),
+            "subsets": Subsets(1 / 8, 1 / 4),
+            "periods": Periods(inverses=20, early=(1, 2, 3)),
+            "guard": None,
+            "decay": 0.95,
+        }
+        return cls(model, likelihood, l2=l2, **{**published, **settings})
+
+    @torch.no_grad()
+    def step(
+        self, inputs: Any = None, targets: Any = None, micro_batch_size: int | None = None, closure: Any = None
+    ) -> Float[Tensor, ""] | None:
+        """Evaluate a mini-batch and update the parameters.
+
+        Args:
+            inputs: one batch, as ``forward`` (or the model) takes it; or, with ``targets=None``, a re-iterable of
+                (inputs, targets) micro-batches.
+            targets: what the likelihood compares z with.
+            micro_batch_size: split the batch into chunks of at most this many examples, for batches larger than memory.
+            closure: not supported; see Raises.
+
+        Returns:
+            the loss before the update, without the l2 term: a 0-d tensor (not finite where the batch was skipped).
+
+        Raises:
+            TypeError: a closure is given. K-FAC evaluates the model itself; ``natgrad.Preconditioner`` works in loops that
+                own the backward pass.
+            ValueError: inputs or targets that do not fit the model and the likelihood, or an empty batch.
+        """
+        if closure is not None or callable(inputs):
+            raise TypeError(
+                "KFAC.step(inputs, targets) evaluates the model itself and takes no closure; in a loop that calls "
+                "loss.backward() use natgrad.Preconditioner in front of any torch.optim optimiser"
+            )
+        if inputs is None:
+            return self._step_without_data()
+        batches = micro_batches(inputs, targets, micro_batch_size)
+        searching = self.damping.value is None and self._update_number == 0
+        subsets = Subsets(self.subsets.factors, 1.0) if searching else self.subsets
+        evaluation = self._evaluator(batches, subsets, self._generator, self._gradient, keep_rows=self._rows_pay(batches))
+        self._update_number += 1
+        finite = torch.isfinite(evaluation.loss) & torch.isfinite(evaluation.gradient.sum())
+        self._add_l2(evaluation.gradient)
+        self._running.update(factors_from(evaluation.statistics), finite)
+        if self.periods.due(self._update_number):
+            self._refresh()
+        if searching:
+            self._lam = self._search_damping(evaluation)
+            self._gamma = (self._lam + self.l2).sqrt()
+        self._adapt_gamma(evaluation)
+        self._update(evaluation, finite)
+        return evaluation.loss.to(self._gradient.dtype)
+
+    def _rows_pay(self, batches: list[tuple[Any, Any]]) -> bool:
+        rows = sum(batch_size(inputs) for inputs, _ in batches)
+        shapes = [shape for _, shape in self.layout.block_slices.values()]
+        return isinstance(self.damping.form, FactoredTikhonov) and any(low_rank_pays(rows, *shape) for shape in shapes)
+
+    def _add_l2(self, gradient: Float[Tensor, " size"]) -> None:
+        if self.l2:
+            for name, part in self.layout.parameters(gradient).items():
+                part.add_(self.view.parameters[name], alpha=self.l2)
+
+    def _refresh(self) -> None:
+        """New inverses from the averaged factors; where a decomposition fails, the layer keeps its old one (and is counted)."""
+        if isinstance(self.damping.form, ExactTikhonov):
+            for name, factors in self._running.factors.items():
+                basis = eigenbasis(factors)
+                if bool(basis.ok) or name not in self._bases:
+                    self._bases[name] = basis
+                self._failures += int(not basis.ok)
+        else:
+            self._blocks = self._factored(self._gamma**2)
+
+    def _factored(self, damping: Float[Tensor, ""]) -> dict[str, BlockInverse]:
+        blocks = dict(self._blocks)
+        for name, factors in self._running.factors.items():
+            block = invert_block(factors, damping, self.damping.form)
+            if bool(block.ok) or name not in blocks:
+                blocks[name] = block
+            self._failures += int(not block.ok)
+        return blocks
+
+    def _inverse(self, damping: Float[Tensor, ""], *, fresh: bool = False) -> dict[str, BlockInverse]:
+        """The inverse of every block. In the eigenbasis any damping costs nothing; else the one of the last refresh, or a fresh one."""
+        if isinstance(self.damping.form, ExactTikhonov):
+            return {name: ExactInverse(basis, damping) for name, basis in self._bases.items()}
+        return self._factored(damping) if fresh else self._blocks
+
+    def _propose(self, evaluation: Evaluation, inverse: Mapping[str, BlockInverse], into: Float[Tensor, " size"]) -> None:
+        """``Δ = −F̆^{-1} ∇h``; from the rows of the batch where they were kept and that is cheaper [KFAC, sec. 8]."""
+        proposal = self.layout.blocks(into)
+        for name, gradient in self.layout.blocks(evaluation.gradient).items():
+            block, rows = inverse[name], evaluation.rows.get(name)
+            if rows and isinstance(block, FactoredInverse) and low_rank_pays(sum(len(a) for a, _ in rows), *gradient.shape):
+                product = low_rank_apply(block, rows, evaluation.count)
+                if self.l2:
+                    product.add_(block.apply(self.layout.joint(name)), alpha=self.l2)
+            else:
+                product = block.apply(gradient)
+            torch.neg(product, out=proposal[name])
+        gradients = self.layout.others(evaluation.gradient)
+        for name, part in self.layout.others(into).items():
+            torch.div(gradients[name], -(1 + self._gamma**2), out=part)  # F is taken as the identity there
+
+    def _update(self, evaluation: Evaluation, finite: Tensor) -> None:
+        """From the gradient to new parameters, λ and statistics of the step."""
+        damping = self._lam + self.l2
+        self._propose(evaluation, self._inverse(self._gamma**2), self._proposal)
+        directions = [self._proposal, self._previous] if self.momentum else [self._proposal]
+        model, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping, self.l2)
+        coefficients = best_coefficients(model) if self.momentum else best_step(model)[None]
+        before = self._rows_objective(evaluation.tapes, fresh=False)
+        # δ takes the buffer of δ₀; then Δ's buffer keeps the old parameters until the step is accepted
+        alpha, mu = coefficients[0], coefficients[1] if self.momentum else torch.zeros_like(coefficients[0])
+        self._previous.mul_(mu).addcmul_(self._proposal, alpha.to(self._proposal.dtype))
+        self._previous.copy_(torch.where(finite, self._previous, 0.0))
+        self._scale_by_lr(self._previous)
+        parameters = self.view.parameters
+        old, change = self.layout.parameters(self._proposal), self.layout.parameters(self._previous)
+        for name, parameter in parameters.items():
+            old[name].copy_(parameter)
+            parameter.add_(change[name])
+        actual = self._rows_objective(evaluation.tapes, fresh=True) - before
+        rho = reduction_ratio(actual, rows_model.change(coefficients))
+        accepted = finite & torch.isfinite(actual)
+        if self.guard is not None:
+            accepted = accepted & (rho >= self.guard.threshold)
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.where(accepted, parameter, old[name]))
+        self._previous.copy_(torch.where(accepted, self._previous, 0.0))
+        self._lam = self._next_damping(rho, accepted, finite)
+        updates = self._counts
+        updates["skipped"] += (~finite).to(updates["skipped"].dtype)
+        updates["rejected"] += (finite & ~accepted).to(updates["rejected"].dtype)
+        self.stats = Stats(
+            {
+                "loss": evaluation.loss,
+                "rho": rho,
+                "lambda": self._lam,
+                "gamma": self._gamma,
+                "alpha": alpha,
+                "mu": mu,
+                "step_norm": torch.linalg.vector_norm(self._previous),
+                "accepted": accepted,
+                "skipped": updates["skipped"],
+                "rejected": updates["rejected"],
+                "updates": self._update_number,
+                "failed_inverses": self._failures,
+            }
+        )
+
+    def _next_damping(self, rho: Tensor, accepted: Tensor, finite: Tensor) -> Float[Tensor, ""]:
+        """The λ rule, and the guard's raise after a rejected update; a skipped batch changes nothing."""
+        lam = self._lam
+        rule = self.damping.rule
+        if rule is not None and self._update_number % rule.every == 0:
+            lam = rule(lam, rho)
+        if self.guard is not None:
+            lam = torch.where(accepted, lam, self._lam * self.guard.raise_damping)
+        return torch.where(finite, lam, self._lam)
+
+    def _adapt_gamma(self, evaluation: Evaluation) -> None:
+        """γ² = λ + η, or the γ rule: the best of three candidates, each with its own inverse [KFAC, sec. 6.6]."""
+        bound = (self._lam + self.l2).sqrt()
+        rule = self.damping.gamma
+        if rule is None:
+            self._gamma = bound
+        elif self._update_number % rule.every == 0:
+            candidates = rule.candidates(self._gamma, bound)
+            qualities = [self._quality(evaluation, candidate, rule.quality) for candidate in candidates]
+            best = torch.stack([torch.nan_to_num(quality, nan=torch.inf) for quality in qualities]).argmin()
+            self._gamma = torch.stack(candidates)[best]
+            self._blocks = self._inverse(self._gamma**2, fresh=True)
+
+    def _quality(self, evaluation: Evaluation, gamma: Tensor, kind: str) -> Float[Tensor, ""]:
+        """How good the update under this γ is: M(δ) − M(0), or h(θ + δ); smaller is better."""
+        self._propose(evaluation, self._inverse(gamma**2, fresh=True), self._proposal)
+        directions = [self._proposal, self._previous] if self.momentum else [self._proposal]
+        model, _ = self.local.subspaces(
+            evaluation.tapes, evaluation.gradient, directions, self._lam + self.l2, self.l2
+        )
+        coefficients = best_coefficients(model) if self.momentum else best_step(model)[None]
+        if kind == "model":
+            return model.change(coefficients)
+        return self._trial(evaluation, list(zip(coefficients, directions, strict=True)))
+
+    def _trial(self, evaluation: Evaluation, terms: list[tuple[Tensor, Tensor]]) -> Float[Tensor, ""]:
+        """h(θ + Σ c d) on the curvature rows; the parameters are put back bit for bit."""
+        parameters = self.view.parameters
+        old = {name: parameter.clone() for name, parameter in parameters.items()}
+        for coefficient, direction in terms:
+            for name, part in self.layout.parameters(direction).items():
+                parameters[name].addcmul_(part, coefficient.to(part.dtype))
+        value = self._rows_objective(evaluation.tapes, fresh=True)
+        for name, parameter in parameters.items():
+            parameter.copy_(old[name])
+        return value
+
+    def _search_damping(self, evaluation: Evaluation) -> Float[Tensor, ""]:
+        """The λ of a geometric grid whose update (without momentum) lowers the loss of the first batch most."""
+        grid = [10.0 ** (exponent / 2) for exponent in range(-6, 8)]
+        values = []
+        for candidate in grid:
+            lam = torch.full_like(self._lam, candidate)
+            self._propose(evaluation, self._inverse(lam + self.l2, fresh=True), self._proposal)
+            model, _ = self.local.subspaces(
+                evaluation.tapes, evaluation.gradient, [self._proposal], lam + self.l2, self.l2
+            )
+            values.append(torch.nan_to_num(self._trial(evaluation, [(best_step(model), self._proposal)]), nan=torch.inf))
+        return torch.tensor(grid, dtype=self._lam.dtype, device=self._lam.device)[torch.stack(values).argmin()]
+
+    def _rows_objective(self, tapes: list[Tape], *, fresh: bool) -> Float[Tensor, ""]:
+        """h on the curvature rows, l2 term included: as recorded by the tapes, or at the present parameters."""
+        if fresh:
+            value = self.local.rows_loss(tapes)
+        else:
+            value = torch.stack([tape.nll.double() for tape in tapes]).sum() / sum(tape.count for tape in tapes)
+        if self.l2:
+            value = value + 0.5 * self.l2 * sum(parameter.square().sum() for parameter in self.view.parameters.values())
+        return value
+
+    def _scale_by_lr(self, update: Float[Tensor, " size"]) -> None:
+        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+        if all(rate == 1.0 for rate in rates.values()):
+            return
+        for name, part in self.layout.parameters(update).items():
+            part.mul_(rates[id(self.view.parameters[name])])

@@ -1,0 +1,82 @@
+"""One flat buffer for a vector over the parameters, laid out so that each layer's ``[W b]`` is one matrix.
+
+The curvature acts on the joint matrix of a layer, the model on ``W`` and ``b`` apart. Storing a layer as ``[out, in (+1)]``
+gives both as views: nothing is concatenated or copied on the way from the gradient to the update.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from natgrad.model_view import ModelView
+
+
+class JointLayout:
+    """Where each covered layer's ``[W b]`` and each other parameter lies in a flat vector.
+
+    Args:
+        view: the model; its trainable parameters are laid out.
+        layers: the covered layers by clean name, each an ``nn.Linear`` whose trainable weight (and bias) form one block.
+    """
+
+    def __init__(self, view: ModelView, layers: Mapping[str, nn.Module]) -> None:
+        parameters = view.parameters
+        name_of = {id(parameter): name for name, parameter in parameters.items()}
+        self.view = view
+        self.block_slices: dict[str, tuple[slice, tuple[int, int]]] = {}
+        self._columns: dict[str, tuple[str, slice | int]] = {}
+        self._others: dict[str, tuple[slice, torch.Size]] = {}
+        offset = 0
+        for layer_name, layer in layers.items():
+            rows, columns = layer.weight.shape
+            self._columns[name_of[id(layer.weight)]] = (layer_name, slice(0, columns))
+            if layer.bias is not None:
+                self._columns[name_of[id(layer.bias)]] = (layer_name, columns)
+                columns += 1
+            self.block_slices[layer_name] = (slice(offset, offset + rows * columns), (rows, columns))
+            offset += rows * columns
+        for name, parameter in parameters.items():
+            if name not in self._columns:
+                self._others[name] = (slice(offset, offset + parameter.numel()), parameter.shape)
+                offset += parameter.numel()
+        self.size = offset
+        self.names = tuple(parameters)
+
+    def zeros(self) -> Float[Tensor, " size"]:
+        """A zero vector in the dtype and on the device of the parameters."""
+        first = next(iter(self.view.parameters.values()))
+        return torch.zeros(self.size, dtype=first.dtype, device=first.device)
+
+    def blocks(self, flat: Float[Tensor, " size"]) -> dict[str, Float[Tensor, "out columns"]]:
+        """Views of the joint matrices ``[W b]``, by layer."""
+        return {name: flat[where].view(shape) for name, (where, shape) in self.block_slices.items()}
+
+    def parameters(self, flat: Float[Tensor, " size"]) -> dict[str, Tensor]:
+        """Views of every parameter's part, by parameter name in the model's order."""
+        blocks = self.blocks(flat)
+        views: dict[str, Tensor] = {}
+        for name in self.names:
+            if name in self._columns:
+                layer, columns = self._columns[name]
+                views[name] = blocks[layer][:, columns]
+            else:
+                where, shape = self._others[name]
+                views[name] = flat[where].view(shape)
+        return views
+
+    def others(self, flat: Float[Tensor, " size"]) -> dict[str, Tensor]:
+        """Views of the parameters that no layer block holds."""
+        return {name: flat[where].view(shape) for name, (where, shape) in self._others.items()}
+
+    def read(self, values: Mapping[str, Tensor], into: Float[Tensor, " size"]) -> None:
+        """Copy values keyed by parameter name into a flat vector."""
+        for name, part in self.parameters(into).items():
+            part.copy_(values[name])
+
+    def joint(self, layer: str) -> Float[Tensor, "out columns"]:
+        """The present ``[W b]`` of a layer, as a new matrix."""
+        flat = self.zeros()
+        self.read(self.view.parameters, flat)
+        return self.blocks(flat)[layer]

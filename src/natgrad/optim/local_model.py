@@ -1,0 +1,106 @@
+"""The exact quadratic model and the exact loss on the curvature rows.
+
+``δᵀ F δ = (1/count) Σ_n (J_n δ)ᵀ F_R(z_n) (J_n δ)``: inner products with F need Jacobian-vector products only [KFAC, app. C].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.likelihoods import Likelihood
+from natgrad.model_view import ModelView
+from natgrad.operators.linearize import Chain, jacobian_products
+from natgrad.optim.evaluation import Tape
+from natgrad.optim.layout import JointLayout
+from natgrad.quadratic import Subspace
+
+
+@dataclass
+class LocalModel:
+    """M(δ) and h(θ + δ) around the present parameters, on the rows that a batch's tapes hold."""
+
+    view: ModelView
+    likelihood: Likelihood
+    layout: JointLayout
+    chain: Chain | None
+
+    def subspaces(
+        self, tapes: Sequence[Tape], gradient: Tensor, directions: Sequence[Tensor], damping: Tensor, l2: float
+    ) -> tuple[Subspace, Subspace]:
+        """M over the span of some directions, twice: with the slope of the whole batch, and with that of the rows alone.
+
+        The first gives the best coefficients, the second the predicted change that ρ compares with the actual one: both of
+        ρ's numbers then come from the same rows [KFAC, sec. 6.4, 6.5, 7].
+
+        Args:
+            tapes: the curvature rows.
+            gradient: flat ∇h of the whole batch, l2 term included.
+            directions: flat vectors d_i.
+            damping: λ + η.
+            l2: η.
+        """
+        count = torch.stack([tape.count.to(torch.float64) for tape in tapes]).sum()
+        size = len(directions)
+        fisher = torch.zeros(size, size, dtype=torch.float64, device=gradient.device)
+        slope_rows = torch.zeros(size, dtype=torch.float64, device=gradient.device)
+        for tape in tapes:
+            tangents = self._tangents(tape, directions)
+            fisher += _fisher_gram(self.likelihood, tape, tangents)
+            slope_rows += torch.stack([torch.sum(tape.derivative * tangent) for tangent in tangents])
+        gram = torch.stack([torch.stack([torch.dot(p, q) for q in directions]) for p in directions]).double()
+        curvature = fisher / count + damping * gram
+        slope = torch.stack([torch.dot(gradient, direction) for direction in directions]).double()
+        slope_rows = slope_rows / count
+        if l2:
+            slope_rows = slope_rows + l2 * torch.stack([self._dot_parameters(direction) for direction in directions]).double()
+        return Subspace(slope, curvature), Subspace(slope_rows, curvature)
+
+    def rows_loss(self, tapes: Sequence[Tape]) -> Float[Tensor, ""]:
+        """The mean nll of the curvature rows at the present parameters, with the dropout masks of the tape."""
+        total = torch.zeros((), dtype=torch.float64, device=tapes[0].nll.device)
+        for tape in tapes:
+            with tape.replay:
+                z = self.view(tape.inputs)
+            total += self.likelihood.nll(z, tape.targets, count=1)
+        return total / sum(tape.count for tape in tapes)
+
+    def _tangents(self, tape: Tape, directions: Sequence[Tensor]) -> list[Tensor]:
+        if self.chain is not None and tape.layer_inputs:
+            pairs = [
+                {
+                    name: (block[:, : layer.in_features], block[:, -1] if layer.bias is not None else None)
+                    for name, layer, block in zip(
+                        self.chain.names, self.chain.layers, self._chain_blocks(direction), strict=True
+                    )
+                }
+                for direction in directions
+            ]
+            return [tangent.view_as(tape.z) for tangent in self.chain.tangents(tape.layer_inputs, pairs)]
+        with tape.replay:
+            views = [self.layout.parameters(direction) for direction in directions]
+            return jacobian_products(self.view, tape.inputs, views)[1]
+
+    def _chain_blocks(self, direction: Tensor) -> list[Tensor]:
+        blocks = self.layout.blocks(direction)
+        return [blocks[name] for name in self.chain.names] if self.chain is not None else []
+
+    def _dot_parameters(self, direction: Tensor) -> Tensor:
+        """θ · d."""
+        parts = self.layout.parameters(direction)
+        return torch.stack([torch.sum(self.view.parameters[name] * part) for name, part in parts.items()]).sum()
+
+
+def _fisher_gram(likelihood: Likelihood, tape: Tape, tangents: Sequence[Tensor]) -> Float[Tensor, "k k"]:
+    """``Σ_n t_i(n)ᵀ w_n F_R(z_n) t_j(n)`` for all pairs of tangents."""
+    weigh = getattr(likelihood, "curvature_weight", None)
+    weight = weigh(tape.z, tape.targets) if weigh is not None else None
+    rows = []
+    for left in tangents:
+        product = likelihood.fisher_product(tape.z, left)
+        if weight is not None:
+            product = product * weight
+        rows.append(torch.stack([torch.sum(product * right) for right in tangents]))
+    return torch.stack(rows).double()

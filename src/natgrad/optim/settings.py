@@ -1,0 +1,72 @@
+"""K-FAC's settings as objects: damping, guard, periods, subsets. Every constant stands here with its source."""
+
+from dataclasses import dataclass
+
+from natgrad.damping import ExactTikhonov, FactoredTikhonov
+from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
+
+
+@dataclass(frozen=True)
+class Damping:
+    """λ and γ: how they start, how they enter the inverse and how they move.
+
+    Args:
+        value: λ at the first update (without η). None: the best of a geometric grid, by the actual decrease of the loss on
+            the first batch.
+        form: how damping enters the inverse of a block: exact or factored Tikhonov.
+        rule: the λ rule, or None to keep λ.
+        gamma: the γ rule, or None for γ² = λ + η at every update.
+    """
+
+    value: float | None = None
+    form: ExactTikhonov | FactoredTikhonov = ExactTikhonov()
+    rule: LevenbergMarquardt | None = LevenbergMarquardt()
+    gamma: GreedyGamma | None = None
+
+    def __post_init__(self) -> None:
+        if self.value is not None and not self.value >= 0:
+            raise ValueError(f"damping={self.value}: λ must be a non-negative number, or None to search for it")
+
+
+@dataclass(frozen=True)
+class StepGuard:
+    """Reject an update whose reduction ratio is below ``threshold``: keep θ, forget δ₀, multiply λ by ``raise_damping``."""
+
+    threshold: float = 0.0
+    raise_damping: float = 4.0
+
+
+@dataclass(frozen=True)
+class Periods:
+    """How often what is refreshed, in updates.
+
+    Args:
+        inverses: T₃; the inverses are also refreshed at the updates in ``early``.
+        early: update numbers (from 1) at which the statistics are too young to wait for T₃.
+    """
+
+    inverses: int = 20
+    early: tuple[int, ...] = (1, 2, 3)
+
+    def due(self, update: int) -> bool:
+        """Whether the inverses are refreshed at this update (counted from 1)."""
+        return update % self.inverses == 0 or update in self.early
+
+
+@dataclass(frozen=True)
+class Subsets:
+    """Which share of a batch's rows is used for what [KFAC, sec. 8].
+
+    Args:
+        factors: τ₁, the share whose sampled targets update the factors.
+        curvature: τ₂, the share on which F Δ and ρ are computed; at least τ₁.
+    """
+
+    factors: float = 1 / 8
+    curvature: float = 1 / 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.factors <= self.curvature <= 1:
+            raise ValueError(
+                f"Subsets(factors={self.factors}, curvature={self.curvature}): expected 0 < factors <= curvature <= 1"
+            )

@@ -1,0 +1,67 @@
+"""The local quadratic model M that turns a direction into an update.
+
+``M(δ) − M(0) = ∇h·δ + ½ δᵀ (F + (λ + η) I) δ`` [KFAC, eq. 5; sec. 6.4; sec. 7], restricted to the span of a few directions
+(the proposal Δ and the previous update δ₀), where it is a small dense problem. Everything is a tensor on the model's device:
+nothing here waits for the device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """M restricted to ``δ = Σ_i c_i d_i``: ``slope · c + ½ cᵀ curvature c``.
+
+    Args:
+        slope: ``∇h · d_i``, with the l2 term in ∇h; shape [k].
+        curvature: ``d_iᵀ (F + (λ + η) I) d_j``; shape [k, k].
+    """
+
+    slope: Float[Tensor, " k"]
+    curvature: Float[Tensor, "k k"]
+
+    def change(self, coefficients: Float[Tensor, " k"]) -> Float[Tensor, ""]:
+        """``M(δ) − M(0)`` at the given coefficients."""
+        return self.slope @ coefficients + 0.5 * coefficients @ self.curvature @ coefficients
+
+
+def best_step(model: Subspace) -> Float[Tensor, ""]:
+    """The α that minimises M along the first direction [KFAC, sec. 6.4]; 0 where the curvature there is not positive."""
+    curvature = model.curvature[0, 0]
+    step = -model.slope[0] / curvature
+    return torch.where((curvature > 0) & torch.isfinite(step), step, torch.zeros_like(step))
+
+
+def best_coefficients(model: Subspace, collinear: float | None = None) -> Float[Tensor, " 2"]:
+    """The (α, μ) that minimise M over span{Δ, δ₀}: the 2×2 system of [KFAC, sec. 7].
+
+    Falls back to (α, 0) of :func:`best_step` where δ₀ is zero or collinear with Δ (in the metric of M): there the system is
+    singular and its solution arbitrary.
+
+    Args:
+        model: M on (Δ, δ₀).
+        collinear: the system counts as singular when ``1 − cos²`` of the two directions is below this (default: the
+            square root of the dtype's resolution).
+    """
+    tolerance = torch.finfo(model.slope.dtype).eps ** 0.5 if collinear is None else collinear
+    first, cross, second = model.curvature[0, 0], model.curvature[0, 1], model.curvature[1, 1]
+    determinant = first * second - cross * cross
+    alpha = -(second * model.slope[0] - cross * model.slope[1]) / determinant
+    mu = -(first * model.slope[1] - cross * model.slope[0]) / determinant
+    regular = (first > 0) & (second > 0) & (determinant > tolerance * first * second)
+    pair = torch.stack((alpha, mu))
+    single = torch.stack((best_step(model), torch.zeros_like(mu)))
+    return torch.where(regular & torch.isfinite(pair).all(), pair, single)
+
+
+def reduction_ratio(actual: Float[Tensor, ""], predicted: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """``ρ = (h(θ+δ) − h(θ)) / (M(δ) − M(0))`` [KFAC, sec. 6.5]: both on the same data and both with the l2 term.
+
+    An actual change that is not finite gives −∞: the step overflowed.
+    """
+    ratio = actual / predicted
+    return torch.where(torch.isfinite(actual), ratio, torch.full_like(ratio, -torch.inf))
