@@ -61,6 +61,9 @@ def test_lambda_rule(rho: float, factor: float) -> None:
 def test_lambda_rule_has_a_floor() -> None:
     rule = LevenbergMarquardt(every=1, decay=0.5, minimum=0.3)
     assert rule(torch.tensor(0.4), torch.tensor(1.0)).item() == pytest.approx(0.3)
+    assert rule(torch.tensor(0.4), torch.tensor(1.0), scale=torch.tensor(0.9)).item() == pytest.approx(0.27)
+    # a λ that is below the floor already is left alone, not raised
+    assert rule(torch.tensor(0.1), torch.tensor(1.0)).item() == pytest.approx(0.1)
 
 
 def test_gamma_candidates() -> None:

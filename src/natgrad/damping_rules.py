@@ -17,7 +17,7 @@ class LevenbergMarquardt:
     Args:
         every: T₁, the number of updates between two uses of the rule.
         decay: the factor per update; ``ω₁ = decay ** every``.
-        minimum: λ never falls below this.
+        minimum: λ never falls below this many times the mean eigenvalue of the approximate Fisher; 0 (the paper) for no floor.
     """
 
     every: int = 5
@@ -30,10 +30,19 @@ class LevenbergMarquardt:
         if not 0 < self.decay < 1:
             raise ValueError(f"LevenbergMarquardt(decay={self.decay}): expected a number between 0 and 1, such as 0.95")
 
-    def __call__(self, lam: Float[Tensor, ""], rho: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """The new λ; unchanged where ρ is between 1/4 and 3/4 or not a number."""
+    def __call__(
+        self, lam: Float[Tensor, ""], rho: Float[Tensor, ""], scale: Float[Tensor, ""] | float = 1.0
+    ) -> Float[Tensor, ""]:
+        """The new λ; unchanged where ρ is between 1/4 and 3/4 or not a number.
+
+        Args:
+            lam: the present λ.
+            rho: the reduction ratio.
+            scale: the mean eigenvalue of the approximate Fisher, the unit of ``minimum``.
+        """
         omega = self.decay**self.every
-        shrunk = (lam * omega).clamp(min=self.minimum)
+        floor = torch.as_tensor(self.minimum * scale, dtype=lam.dtype, device=lam.device)
+        shrunk = torch.minimum(lam, torch.maximum(lam * omega, floor))
         return torch.where(rho > 0.75, shrunk, torch.where(rho < 0.25, lam / omega, lam))
 
 

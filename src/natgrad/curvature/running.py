@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, to_dense
@@ -51,6 +51,20 @@ class RunningFactors:
             averaged = (_average(old.A, new.A, epsilon, usable), _average(old.G, new.G, epsilon, usable))
             self.factors[name] = Factors(*averaged)
         return usable
+
+
+def mean_eigenvalue(factors: Mapping[str, Factors]) -> Float[Tensor, ""]:
+    """``tr F̆ / P``: the mean eigenvalue of the block-diagonal approximation over all layers."""
+    traces, size = [], 0
+    for block in factors.values():
+        A, G = _values(block.A), _values(block.G)
+        traces.append(_trace(A).double() * _trace(G).double())
+        size += A.shape[0] * G.shape[0]
+    return torch.stack(traces).sum() / size
+
+
+def _trace(values: Tensor) -> Tensor:
+    return values.sum() if values.ndim == 1 else values.diagonal().sum()
 
 
 def _values(factor: Tensor | Diagonal) -> Tensor:

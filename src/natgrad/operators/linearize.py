@@ -59,6 +59,8 @@ class Chain:
                 return None
         if len({id(layer.weight) for layer in layers}) < len(layers):
             return None
+        if not all(p is None or p.requires_grad for layer in layers for p in layer._parameters.values()):
+            return None
         return cls(names, layers, activations)
 
     def tangents(

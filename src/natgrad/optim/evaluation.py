@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.curvature.base import Statistics
-from natgrad.curvature.kfac import statistics_from
+from natgrad.curvature.kfac import statistics_from, trainable_parts
 from natgrad.layers.capture import Capture, Record
+from natgrad.layers.factors import flatten_rows
 from natgrad.likelihoods import Likelihood, score
 from natgrad.model_view import ModelView, Replay, batch_size, select_rows
 from natgrad.optim.layout import JointLayout
@@ -98,7 +99,7 @@ class Evaluator:
                 if keep_rows:
                     for name, found in record.inputs.items():
                         pairs = zip(found, gradients[name], strict=True)
-                        rows.setdefault(name, []).extend((a.flatten(0, -2), g.flatten(0, -2)) for a, g in pairs)
+                        rows.setdefault(name, []).extend((flatten_rows(a), flatten_rows(g)) for a, g in pairs)
                 if sampled_rows and replay is not None:
                     new = statistics_from(
                         record, z, self.likelihood, rows=sampled_rows, targets=chunk_targets, generator=generator,
@@ -118,8 +119,9 @@ class Evaluator:
     ) -> Iterator[tuple[Any, Any, int]]:
         """The curvature rows, then the rest: (inputs, targets, number of leading rows that get sampled targets)."""
         size = batch_size(inputs)
-        wanted = size if couples_examples(self.view.module) else -int(-size * subsets.curvature // 1)
-        sampled = max(1, min(wanted, round(size * subsets.factors)))
+        sampled, wanted = subsets.rows(size)
+        if couples_examples(self.view.module):
+            wanted = size
         if wanted >= size:
             yield inputs, targets, sampled
             return
@@ -145,11 +147,12 @@ class Evaluator:
         gradients, other_gradients = record.gradients(z, cotangent, parameters=other_parameters, retain_graph=retain)
         for name, block in self.layout.blocks(into).items():
             for a, g in zip(record.inputs[name], gradients[name], strict=True):
-                a, g = a.flatten(0, -2), g.flatten(0, -2)
-                width = a.shape[-1]
-                block[:, :width].addmm_(g.T, a)
-                if block.shape[1] > width:
-                    block[:, width].add_(g.sum(0))
+                a, g = flatten_rows(a), flatten_rows(g)
+                weight, bias = trainable_parts(record.layers[name])
+                if weight:
+                    block[:, : a.shape[-1]].addmm_(g.T, a)
+                if bias:
+                    block[:, -1].add_(g.sum(0))
         for part, gradient in zip(others.values(), other_gradients, strict=True):
             if gradient is not None:
                 part.add_(gradient)

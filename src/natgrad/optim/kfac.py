@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from natgrad.curvature.base import factors_from
 from natgrad.curvature.inverse import BlockInverse, Eigenbasis, ExactInverse, FactoredInverse, eigenbasis, invert_block
-from natgrad.curvature.running import RunningFactors
+from natgrad.curvature.running import RunningFactors, mean_eigenvalue
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
 from natgrad.layers.capture import Capture
@@ -72,7 +72,7 @@ class KFAC(torch.optim.Optimizer):
         momentum: bool = True,
         seed: int = 0,
         forward: Forward | None = None,
-        subsets: Subsets = Subsets(1 / 8, 1 / 8),
+        subsets: Subsets = Subsets(1 / 8, 1 / 8, minimum=128),
         periods: Periods = Periods(),
         guard: StepGuard | None = StepGuard(),
         decay: float = 0.95,
@@ -92,12 +92,12 @@ class KFAC(torch.optim.Optimizer):
                 f"GreedyGamma(every={self.damping.gamma.every}): T₂ must be a multiple of T₃ = {periods.inverses}, the period of the inverses"
             )
         view = ModelView(model, forward)
-        self.coverage = cover(view, uncovered=uncovered)
+        self._coverage = cover(view, uncovered=uncovered)
         super().__init__(list(view.parameters.values()), {"lr": lr})
         self.view, self.likelihood = view, likelihood
         self.l2, self.momentum, self.subsets, self.periods, self.guard, self.decay = l2, momentum, subsets, periods, guard, decay
-        self.layout = JointLayout(view, self.coverage.layers)
-        self.capture = Capture(model, self.coverage.layers)
+        self.layout = JointLayout(view, self._coverage)
+        self.capture = Capture(model, self._coverage.layers)
         self.chain = Chain.of(view)
         self._evaluator = Evaluator(view, likelihood, self.capture, self.layout)
         self._static_inputs = static_inputs
@@ -111,6 +111,7 @@ class KFAC(torch.optim.Optimizer):
         self.local = LocalModel(view, likelihood, self.layout, self.chain)
         self._blocks: dict[str, BlockInverse] = {}
         self._failures = 0
+        self._scale = scalar.clone()
         self._bases: dict[str, Eigenbasis] = {}
         self._gradient, self._proposal, self._previous = (self.layout.zeros() for _ in range(3))
         self._counts = {"skipped": scalar.clone(), "rejected": scalar.clone()}
@@ -190,6 +191,7 @@ class KFAC(torch.optim.Optimizer):
 
     def _refresh(self) -> None:
         """New inverses from the averaged factors; where a decomposition fails, the layer keeps its old one (and is counted)."""
+        self._scale = mean_eigenvalue(self._running.factors)
         if isinstance(self.damping.form, ExactTikhonov):
             for name, factors in self._running.factors.items():
                 basis = eigenbasis(factors)
@@ -282,7 +284,7 @@ class KFAC(torch.optim.Optimizer):
         lam = self._lam
         rule = self.damping.rule
         if rule is not None and self._update_number % rule.every == 0:
-            lam = rule(lam, rho)
+            lam = rule(lam, rho, self._scale)
         if self.guard is not None:
             lam = torch.where(accepted, lam, self._lam * self.guard.raise_damping)
         return torch.where(finite, lam, self._lam)

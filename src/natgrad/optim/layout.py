@@ -8,8 +8,9 @@ from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from natgrad.layers.coverage import Coverage
 from natgrad.model_view import ModelView
 
 
@@ -18,22 +19,24 @@ class JointLayout:
 
     Args:
         view: the model; its trainable parameters are laid out.
-        layers: the covered layers by clean name, each an ``nn.Linear`` whose trainable weight (and bias) form one block.
+        coverage: the layers whose trainable weight and bias form one block each.
     """
 
-    def __init__(self, view: ModelView, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, view: ModelView, coverage: Coverage) -> None:
         parameters = view.parameters
-        name_of = {id(parameter): name for name, parameter in parameters.items()}
         self.view = view
         self.block_slices: dict[str, tuple[slice, tuple[int, int]]] = {}
         self._columns: dict[str, tuple[str, slice | int]] = {}
         self._others: dict[str, tuple[slice, torch.Size]] = {}
         offset = 0
-        for layer_name, layer in layers.items():
-            rows, columns = layer.weight.shape
-            self._columns[name_of[id(layer.weight)]] = (layer_name, slice(0, columns))
-            if layer.bias is not None:
-                self._columns[name_of[id(layer.bias)]] = (layer_name, columns)
+        for layer_name, (weight, bias) in coverage.members.items():
+            layer = coverage.layers[layer_name]
+            rows, columns = layer.out_features, 0
+            if weight is not None:
+                columns = layer.in_features
+                self._columns[weight] = (layer_name, slice(0, columns))
+            if bias is not None:
+                self._columns[bias] = (layer_name, columns)
                 columns += 1
             self.block_slices[layer_name] = (slice(offset, offset + rows * columns), (rows, columns))
             offset += rows * columns

@@ -72,9 +72,7 @@ class LocalModel:
             pairs = [
                 {
                     name: (block[:, : layer.in_features], block[:, -1] if layer.bias is not None else None)
-                    for name, layer, block in zip(
-                        self.chain.names, self.chain.layers, self._chain_blocks(direction), strict=True
-                    )
+                    for (name, block), layer in zip(self.layout.blocks(direction).items(), self.chain.layers, strict=True)
                 }
                 for direction in directions
             ]
@@ -82,10 +80,6 @@ class LocalModel:
         with tape.replay:
             views = [self.layout.parameters(direction) for direction in directions]
             return jacobian_products(self.view, tape.inputs, views)[1]
-
-    def _chain_blocks(self, direction: Tensor) -> list[Tensor]:
-        blocks = self.layout.blocks(direction)
-        return [blocks[name] for name in self.chain.names] if self.chain is not None else []
 
     def _dot_parameters(self, direction: Tensor) -> Tensor:
         """θ · d."""

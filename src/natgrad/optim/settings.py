@@ -1,5 +1,6 @@
 """K-FAC's settings as objects: damping, guard, periods, subsets. Every constant stands here with its source."""
 
+import math
 from dataclasses import dataclass
 
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
@@ -20,7 +21,7 @@ class Damping:
 
     value: float | None = None
     form: ExactTikhonov | FactoredTikhonov = ExactTikhonov()
-    rule: LevenbergMarquardt | None = LevenbergMarquardt()
+    rule: LevenbergMarquardt | None = LevenbergMarquardt(every=1, decay=0.6, minimum=1e-3)
     gamma: GreedyGamma | None = None
 
     def __post_init__(self) -> None:
@@ -33,7 +34,7 @@ class StepGuard:
     """Reject an update whose reduction ratio is below ``threshold``: keep θ, forget δ₀, multiply λ by ``raise_damping``."""
 
     threshold: float = 0.0
-    raise_damping: float = 4.0
+    raise_damping: float = 1.5
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Periods:
         early: update numbers (from 1) at which the statistics are too young to wait for T₃.
     """
 
-    inverses: int = 20
-    early: tuple[int, ...] = (1, 2, 3)
+    inverses: int = 10
+    early: tuple[int, ...] = (1, 2, 3, 5)
 
     def due(self, update: int) -> bool:
         """Whether the inverses are refreshed at this update (counted from 1)."""
@@ -60,13 +61,19 @@ class Subsets:
     Args:
         factors: τ₁, the share whose sampled targets update the factors.
         curvature: τ₂, the share on which F Δ and ρ are computed; at least τ₁.
+        minimum: use at least this many rows for either, where the batch has them.
     """
 
     factors: float = 1 / 8
     curvature: float = 1 / 4
+    minimum: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.factors <= self.curvature <= 1:
             raise ValueError(
                 f"Subsets(factors={self.factors}, curvature={self.curvature}): expected 0 < factors <= curvature <= 1"
             )
+
+    def rows(self, batch: int) -> tuple[int, int]:
+        """How many rows of a batch serve the factors, and how many F Δ and ρ."""
+        return tuple(min(batch, max(self.minimum, math.ceil(share * batch))) for share in (self.factors, self.curvature))
