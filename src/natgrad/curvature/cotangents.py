@@ -33,8 +33,8 @@ def check_expectation(likelihood: Likelihood, expectation: str, targets: Any, sa
         raise ValueError(f"expectation='empirical' needs the training targets: pass {name}=")
     if targets is None and getattr(likelihood, "needs_targets", False):
         raise ValueError(
-            f"the curvature of {type(likelihood).__name__} depends on the targets here (class weights, ignored or weighted "
-            f"targets): pass {name}="
+            f"the curvature of {type(likelihood).__name__} depends on the targets here (class weights, ignored or "
+            f"weighted targets): pass {name}="
         )
 
 

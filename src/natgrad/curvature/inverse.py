@@ -150,10 +150,14 @@ def invert_block(
         raise TypeError(f"rule: expected FactoredTikhonov(...) or ExactTikhonov(), got {rule!r}")
     A, G = (x.vector if isinstance(x, Diagonal) else x for x in (factors.A, factors.G))
     of_a, of_g = rule.split(A, G, damping)
-    if check:
+    if check and float(damping) == 0:
         _check_regular(eigenbasis(factors, check=True, what=what), damping, what)
     A_inverse, ok_a = _inverted(A, of_a)
     G_inverse, ok_g = _inverted(G, of_g)
+    if check and not (ok_a & ok_g):
+        raise ValueError(
+            f"{what}: no inverse with damping={float(damping):g}; a factor is not finite, or give a larger damping"
+        )
     return FactoredInverse(A_inverse, G_inverse, ok_a & ok_g)
 
 

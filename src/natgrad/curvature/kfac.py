@@ -59,6 +59,7 @@ def collect(
     with view.curvature_pass(), view.snapshot():
         with torch.enable_grad(), capture.record() as record:
             z = view(x)
+        check_captured(record, z)
         return statistics_from(
             record,
             z,
@@ -117,8 +118,8 @@ def statistics_from(
     known = (
         {source: flatten_rows(diagonal.expand_as(z_rows)).sum(0)} if source is not None and diagonal is not None else {}
     )
-    sums = {name: _input_sums(record.layers[name], found, rows, batch) for name, found in record.inputs.items()}
-    if set(sums) - set(known):
+    sums = {name: input_sums(record.layers[name], found, rows, batch) for name, found in record.inputs.items()}
+    if sums.keys() - known.keys():
         stacks = cotangents(
             likelihood,
             z_rows,
@@ -129,8 +130,8 @@ def statistics_from(
             generator=generator,
         )
         for stack in stacks:
-            for found in _output_gradients(record, z, stack):
-                for name in set(found) - set(known):
+            for found in output_gradients(record, z, stack):
+                for name in found.keys() - known.keys():
                     _add_outputs(sums[name], found[name], rows, batch)
     for name, vector in known.items():
         sums[name].G = vector.to(sums[name].A.dtype)
@@ -147,7 +148,26 @@ def trainable_parts(layer: nn.Module) -> tuple[bool, bool]:
     return layer.weight.requires_grad, bias is not None and bias.requires_grad
 
 
-def _input_sums(layer: nn.Module, inputs: list[Tensor], rows: int, batch: int) -> LayerSums:
+def check_captured(record: Record, z: Tensor) -> None:
+    """Refuse a layer whose parameters act on z although it was never called, for its hooks saw nothing.
+
+    Raises:
+        ValueError: there is such a layer; it is named.
+    """
+    for name, calls in record.calls.items():
+        parameters = [p for p in record.layers[name].parameters() if p.requires_grad]
+        if calls or not parameters or not z.requires_grad:
+            continue
+        found = torch.autograd.grad(z, parameters, torch.ones_like(z), retain_graph=True, allow_unused=True)
+        if any(gradient is not None for gradient in found):
+            raise ValueError(
+                f"layer {name!r}: the model uses its parameters without calling it (a functional call, a fused kernel), "
+                "so its inputs cannot be captured; call the layer itself, or freeze it"
+            )
+
+
+def input_sums(layer: nn.Module, inputs: list[Tensor], rows: int, batch: int) -> LayerSums:
+    """``Σ ā āᵀ`` over the calls of a layer for the leading examples, with a G of zeros."""
     weight, bias = trainable_parts(layer)
     total: Tensor | None = None
     used = 0.0
@@ -157,8 +177,9 @@ def _input_sums(layer: nn.Module, inputs: list[Tensor], rows: int, batch: int) -
         moment = moment if share == 1 else moment.mul_(share)
         total = moment if total is None else total.add_(moment)
         used += share * (a.numel() // a.shape[-1])
-    assert total is not None  # a layer without calls has no entry
-    out = layer.weight.shape[0]
+    out, columns = layer.weight.shape[0], layer.weight.shape[1] * weight + bias
+    if total is None:
+        total = layer.weight.new_zeros(columns, columns)
     return LayerSums(total, total.new_zeros(out, out), used)
 
 
@@ -180,7 +201,7 @@ def leading_examples(x: Tensor, rows: int, batch: int) -> tuple[Tensor, float]:
     return (x[:rows], 1.0) if x.ndim > 1 and x.shape[0] == batch else (x, rows / batch)
 
 
-def _output_gradients(record: Record, z: Tensor, stack: Float[Tensor, "k rows ..."]) -> list[dict[str, list[Tensor]]]:
+def output_gradients(record: Record, z: Tensor, stack: Float[Tensor, "k rows ..."]) -> list[dict[str, list[Tensor]]]:
     """The g's of every cotangent of a stack; one vectorised backward pass where that works."""
     if stack.shape[1] < z.shape[0]:
         whole = stack.new_zeros(stack.shape[0], *z.shape)

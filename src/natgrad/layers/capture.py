@@ -91,7 +91,7 @@ class Record:
         if self._untracked and _uses_reentrant_checkpoint(z):
             raise RuntimeError(
                 f"{', '.join(sorted(self._untracked))}: called inside torch.utils.checkpoint with use_reentrant=True, "
-                "which hides the layer's output from the graph; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                "which hides the layer's output from the graph; pass use_reentrant=False to checkpoint()"
             )
         parameters = list(parameters)
         edges = [call.edge for calls in self._calls.values() for call in calls if call.edge is not None]

@@ -1,0 +1,60 @@
+r"""The amortised covariance preconditioner's matrix: ``F_in = A ⊗ α I`` [THESIS, sec. 6.4.1].
+
+It ignores how output neurons interact. Its damped inverse needs a factor of the layer's input alone:
+``(A ⊗ α I + damping I)^{-1} = (A + damping/α I)^{-1} ⊗ I/α``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.curvature.base import Diagonal, Factors, LayerSums, Statistics
+from natgrad.curvature.inverse import FactoredInverse
+from natgrad.curvature.kfac import check_captured, input_sums
+from natgrad.layers.capture import Capture
+from natgrad.likelihoods import Likelihood
+from natgrad.linalg.spd import safe_eigh, spd_inverse
+from natgrad.model_view import ModelView
+
+
+def collect_inputs(
+    view: ModelView, capture: Capture, likelihood: Likelihood, x: Any, *, y: Any = None, weight: Tensor | None = None
+) -> Statistics:
+    """Statistics of one batch's layer inputs; every G is the identity. No backward pass."""
+    with view.curvature_pass(), view.snapshot():
+        with torch.enable_grad(), capture.record() as record:
+            z = view(x)
+        check_captured(record, z)
+        batch = z.shape[0]
+        with torch.no_grad():
+            inputs = record.inputs
+            sums = {
+                name: input_sums(layer, inputs.get(name, []), batch, batch) for name, layer in record.layers.items()
+            }
+            layers = {name: LayerSums(s.A, s.A.new_ones(s.G.shape[0]) * s.rows, s.rows) for name, s in sums.items()}
+    return Statistics(layers, float(batch), float(batch))
+
+
+def input_covariance_factors(factors: dict[str, Factors], alpha: float) -> dict[str, Factors]:
+    """``A`` and ``α I`` of every layer."""
+    return {name: Factors(f.A, Diagonal(torch.full_like(f.G.vector, alpha))) for name, f in factors.items()}
+
+
+def input_covariance_inverse(
+    factors: Factors, damping: float | Tensor, alpha: float, what: str = "the block"
+) -> FactoredInverse:
+    """``(A + damping/α I)^{-1} ⊗ I/α``.
+
+    Raises:
+        ValueError: A is singular to working precision and the damping does not mend it; a damping is proposed.
+    """
+    if float(damping) == 0:
+        values = safe_eigh(factors.A, check=True, what=f"A of {what}").values
+        if values[0] <= values[-1] * torch.finfo(values.dtype).eps * len(values):
+            proposal = 1e-3 * alpha * float(values.mean()) or 1e-3
+            raise ValueError(
+                f"A of {what} is singular and has no undamped inverse; pass a damping, for example {proposal:.1e}"
+            )
+    inverse, ok = spd_inverse(factors.A, damping / alpha, check=True, what=f"A of {what}")
+    return FactoredInverse(inverse, factors.G.vector.reciprocal(), ok)

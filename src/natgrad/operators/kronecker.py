@@ -1,0 +1,101 @@
+r"""Kronecker products as operators, and operators on parameters that consist of blocks.
+
+``(A ⊗ G) vec(V) = vec(G V A)`` for symmetric A and V ``[out, columns]``, vec stacking columns [KFAC, sec. 2].
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from natgrad.model_view import ModelView
+from natgrad.operators.base import LinearOperator
+
+
+class Kronecker(LinearOperator):
+    """``A ⊗ G`` of two symmetric factors; a vector stands for a diagonal one.
+
+    Args:
+        A: ``[columns, columns]`` or its diagonal.
+        G: ``[out, out]`` or its diagonal.
+    """
+
+    def __init__(self, A: Float[Tensor, "columns *columns"], G: Float[Tensor, "out *out"]) -> None:
+        n = A.shape[0] * G.shape[0]
+        super().__init__((n, n), dtype=A.dtype, device=A.device, symmetric=True)
+        self.A, self.G = A, G
+
+    def _matmat(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        columns, out = self.A.shape[0], self.G.shape[0]
+        V = v.reshape(columns, -1)
+        V = self.A[:, None] * V if self.A.ndim == 1 else self.A @ V
+        V = V.reshape(columns, out, -1)
+        V = self.G[:, None] * V if self.G.ndim == 1 else self.G @ V
+        return V.reshape(v.shape)
+
+    def _dense(self) -> Float[Tensor, "n n"]:
+        return torch.kron(*(torch.diag(x) if x.ndim == 1 else x for x in (self.A, self.G)))
+
+
+class Dense(LinearOperator):
+    """A symmetric matrix as an operator.
+
+    Args:
+        matrix: ``[n, n]``.
+    """
+
+    def __init__(self, matrix: Float[Tensor, "n n"]) -> None:
+        super().__init__(tuple(matrix.shape), dtype=matrix.dtype, device=matrix.device, symmetric=True)
+        self.matrix = matrix
+
+    def _matmat(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        return self.matrix @ v
+
+    def _dense(self) -> Float[Tensor, "n n"]:
+        return self.matrix
+
+
+class BlockDiagonal(LinearOperator):
+    """A symmetric operator on parameters with one block per group of parameters, and zero between groups.
+
+    Args:
+        view: the model.
+        blocks: (index, block): the block acts on the entries ``v[index]``, in that order. The indices partition the
+            parameters.
+    """
+
+    def __init__(self, view: ModelView, blocks: Sequence[tuple[Int[Tensor, " n"], LinearOperator]]) -> None:
+        n = view.num_parameters
+        super().__init__((n, n), dtype=view.dtype, device=view.device, domain=view, codomain=view, symmetric=True)
+        self.blocks = tuple(blocks)
+
+    def _matmat(self, v: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
+        out = torch.zeros_like(v)
+        for index, block in self.blocks:
+            out[index] = block._matmat(v[index].to(block.dtype)).to(v.dtype)
+        return out
+
+    def _dense(self) -> Float[Tensor, "P P"]:
+        out = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for index, block in self.blocks:
+            out[index[:, None], index] = block._dense().to(self.dtype)
+        return out
+
+
+def layer_index(view: ModelView, weight: str | None, bias: str | None) -> Int[Tensor, " size"]:
+    """Where the stacked columns of ``[W b]`` stand in a vector over the parameters.
+
+    Args:
+        view: the model.
+        weight: the parameter name of W, or None where the block has none.
+        bias: that of b, or None.
+    """
+    index = view.to_dict(torch.arange(view.num_parameters, device=view.device))
+    parts = [] if weight is None else [index[weight].T.reshape(-1)]
+    return torch.cat(parts if bias is None else [*parts, index[bias]])
+
+
+def parameter_index(view: ModelView, name: str) -> Int[Tensor, " size"]:
+    """Where one parameter stands in a vector over the parameters, row-major."""
+    return view.to_dict(torch.arange(view.num_parameters, device=view.device))[name].reshape(-1)
