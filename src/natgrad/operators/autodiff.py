@@ -18,7 +18,7 @@ from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from natgrad.model_view import Forward, ModelView
 from natgrad.operators.base import LinearOperator
 from natgrad.operators.gradient_moments import EmpiricalFisher, GradientCovariance
-from natgrad.operators.jacobian_products import JacobianProducts, as_view, batched_grad, differentiable
+from natgrad.operators.jacobian_products import JacobianProducts, as_view, batched_grad, differentiable, join_columns
 from natgrad.operators.sandwich import JacobianSandwich, check_likelihood
 
 __all__ = ["EmpiricalFisher", "Fisher", "GaussNewton", "GradientCovariance", "Hessian", "Jacobian"]
@@ -57,7 +57,7 @@ class Jacobian(LinearOperator):
     def _rmatmat(self, u: Float[Tensor, "outputs k"]) -> Float[Tensor, "P k"]:
         shape = self._products.z.shape
         parts = [self._products.vjp(u[:, columns].T.reshape(-1, *shape)) for columns in self._products.chunks(u)]
-        return torch.cat(parts, dim=1)
+        return join_columns(parts)
 
 
 class Fisher(JacobianSandwich):
@@ -250,7 +250,7 @@ class Hessian(LinearOperator):
         super().__init__((p, p), dtype=view.dtype, device=view.device, domain=view, codomain=view, symmetric=True)
 
     def _matmat(self, v: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
-        return torch.cat([self._columns(v[:, columns]) for columns in self._products.chunks(v)], dim=1)
+        return join_columns([self._columns(v[:, columns]) for columns in self._products.chunks(v)])
 
     def _columns(self, v: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         products = self._products

@@ -129,7 +129,11 @@ class JacobianProducts:
 
     def flat(self, grads: Sequence[Float[Tensor, "k ..."]]) -> Float[Tensor, "P k"]:
         """The inverse of `split`."""
-        return torch.cat([g.reshape(g.shape[0], -1).to(self.view.dtype) for g in grads], dim=1).T
+        rows = torch.empty(grads[0].shape[0], self.view.num_parameters, dtype=self.view.dtype, device=grads[0].device)
+        places = rows.split([p.numel() for p in self.parameters.values()], dim=1)
+        for place, g in zip(places, grads, strict=True):
+            place.unflatten(1, g.shape[1:] or (1,)).copy_(g if g.ndim > 1 else g[:, None])
+        return rows.T
 
     def split(self, v: Float[Tensor, "P k"]) -> dict[str, Float[Tensor, "k ..."]]:
         """The columns of v as directions for each parameter, in the parameter's dtype."""
@@ -210,3 +214,8 @@ class JacobianProducts:
 
 def _columns(directions: dict[str, Tensor]) -> int:
     return next(iter(directions.values())).shape[0]
+
+
+def join_columns(parts: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n k"]:
+    """The columns of several passes side by side; those of a single pass are not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.T for part in parts]).T

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView
 from natgrad.operators.base import LinearOperator
-from natgrad.operators.jacobian_products import JacobianProducts, as_view
+from natgrad.operators.jacobian_products import JacobianProducts, as_view, join_columns
 
 
 class JacobianSandwich(LinearOperator):
@@ -45,7 +45,7 @@ class JacobianSandwich(LinearOperator):
     def _matmat(self, v: Float[Tensor, "P k"]) -> Float[Tensor, "P k"]:
         products = self._products
         parts = [products.vjp(self._output_product(products.jvp(v[:, columns]))) for columns in products.chunks(v)]
-        return torch.cat(parts, dim=1)
+        return join_columns(parts)
 
     def _form(self, u: Float[Tensor, "P j"], v: Float[Tensor, "P k"]) -> Float[Tensor, "j k"]:
         # (J u)ᵀ M (J v): no backward pass
