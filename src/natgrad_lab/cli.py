@@ -67,7 +67,7 @@ def root(
 
 @app.command()
 def race(
-    task: Annotated[str, typer.Argument(metavar="[TASK]", help="curves, digits, mnist or faces.")] = "curves",
+    task: Annotated[str, typer.Argument(metavar="TASK", help="curves, digits, mnist or faces.")] = "curves",
     optimizers: Annotated[
         str, typer.Option(metavar="A,B,…", help="Out of kfac, kfac-paper, adam, nesterov, adamw, sgd.")
     ] = "kfac,adam,nesterov",
@@ -152,8 +152,8 @@ def train(
         for name, value in given.items():
             if getattr(before, name) != value:
                 raise Refused(
-                    f"the run in {resume} has {name} {getattr(before, name)!r}, not {value!r}; leave it out when "
-                    f"resuming"
+                    f"the run in {resume} has {name} {getattr(before, name)!r}, not {value!r}; "
+                    "leave it out when resuming"
                 )
         plan = training.continued(before, seconds, updates)
     else:
@@ -161,7 +161,12 @@ def train(
             missing = "TASK" if task is None else "--optimizer NAME"
             raise Refused(f"{missing} is missing: natgrad train TASK --optimizer NAME, or natgrad train --resume RUN")
         plan = training.Plan(
-            **{**given, "seconds": 60.0 if seconds is None and updates is None else seconds, "updates": updates}
+            task,
+            optimizer,
+            seconds=60.0 if seconds is None and updates is None else seconds,
+            updates=updates,
+            seed=seed or 0,
+            activation=(activation or Activation.tanh).value,
         )
     set_threads(threads)
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -241,7 +246,7 @@ def run(arguments: list[str] | None = None) -> int:
     except Exception as error:
         # Click's own usage errors: an unknown option, a word where a number belongs. Typer ships its own copy of click.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            return _fail(f"{error.format_message()} See natgrad --help.", error.exit_code)
+            return _fail(f"{error.format_message().rstrip('.')}. See natgrad --help.", error.exit_code)
         raise
 
 

@@ -89,7 +89,8 @@ class Bars:
     def ended(self, end: End) -> None:
         """Mark the bar of an optimiser whose run is over."""
         word = "done" if end.reason == "finished" else end.reason
-        self._progress.update(self._bars[end.optimizer], left=word, updates=str(end.update))
+        done = self.seconds if end.reason == "finished" else None
+        self._progress.update(self._bars[end.optimizer], completed=done, left=word, updates=str(end.update))
 
     def _left(self, seconds: float) -> str:
         return f"{max(0.0, self.seconds - seconds):.0f} s left"
@@ -129,14 +130,21 @@ def _target_tables(race: Race) -> list[Table]:
     wanted = targets(race)
     if not wanted:
         return []
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_lines=False)
-    table.add_column("reached\nerror", no_wrap=True)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        title="Seconds, and below them updates, to reach a training error of",
+        title_justify="left",
+        title_style="",
+    )
+    table.add_column("", no_wrap=True)
     for error in wanted:
         table.add_column(f"{error:g}", justify="right", no_wrap=True)
     for trace in race.traces.values():
         at = [trace.first_at(error) for error in wanted]
         table.add_row(
-            f"{trace.name}\n", *(f"{e.seconds:.1f} s\n[dim]{count(e.update)} up[/dim]" if e else "–\n" for e in at)
+            f"{trace.name}\n", *(f"{e.seconds:.1f} s\n[dim]{count(e.update)}[/dim]" if e else "–\n" for e in at)
         )
     return [table]
 

@@ -30,8 +30,15 @@ def peak_bytes(run: Callable[[], Any], device: torch.device | str = "cpu") -> in
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
             result = run()  # kept alive until the end: its release is not part of the run
         del result
-    assert profiler.profiler is not None
-    changes = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    results = profiler.profiler.kineto_results if profiler.profiler is not None else None
+    if results is None:
+        raise RuntimeError("PyTorch's profiler recorded nothing")
+    # nbytes is missing from PyTorch's stubs: negative for a release.
+    changes = [
+        (event.start_ns(), event.nbytes())  # pyrefly: ignore[missing-attribute]
+        for event in results.events()
+        if event.name() == "[memory]"
+    ]
     alive = peak = 0
     for _, change in sorted(changes, key=lambda pair: pair[0]):
         alive += change

@@ -105,8 +105,8 @@ def shown(value: float) -> str:
 
 
 def _points(trace: Trace, of: Callable[[Evaluation], float]) -> list[tuple[float, float, float]]:
-    """(x, training error, test error) of the evaluations that a logarithmic axis can show."""
-    rows = [(of(e), e.train_error, e.test_error) for e in trace.evaluations]
+    """(x, training error, test error) of the evaluations after the start that a logarithmic axis can show."""
+    rows = [(of(e), e.train_error, e.test_error) for e in trace.evaluations if e.update > 0]
     return [row for row in rows if row[0] > 0 and all(math.isfinite(v) and v > 0 for v in row)]
 
 

@@ -162,7 +162,7 @@ def _turn(
 ) -> None:
     """Let one optimiser run up to `moment` and evaluate it, if it made an update; end it if it diverges or raises."""
     try:
-        made = runner.run_until(moment, last=moment >= seconds, after=after)
+        made = runner.run_until(moment, last=moment >= seconds, after=after) if moment > 0.0 else 0
         if made or moment == 0.0:
             evaluation = runner.evaluate()
             lines.write("evaluation", evaluation)
