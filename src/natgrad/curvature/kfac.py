@@ -161,8 +161,8 @@ def check_captured(record: Record, z: Tensor) -> None:
         found = torch.autograd.grad(z, parameters, torch.ones_like(z), retain_graph=True, allow_unused=True)
         if any(gradient is not None for gradient in found):
             raise ValueError(
-                f"layer {name!r}: the model uses its parameters without calling it (a functional call, a fused kernel), "
-                "so its inputs cannot be captured; call the layer itself, or freeze it"
+                f"layer {name!r}: the model uses its parameters without calling it (a functional call, a fused "
+                "kernel), so its inputs cannot be captured; call the layer itself, or freeze it"
             )
 
 

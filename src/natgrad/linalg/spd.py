@@ -67,7 +67,7 @@ def spd_inverse(
         what: how an error names the matrix.
 
     Returns:
-        (inverse, ok) in M's dtype; exactly symmetric. Where ``ok`` is False, the inverse means nothing.
+        (inverse, ok) in M's dtype; exactly symmetric. Where ``ok`` is False, it is NaN.
 
     Raises:
         ValueError: with ``check``, when ``M + damping I`` is singular to working precision; proposes a damping.
@@ -83,6 +83,8 @@ def spd_inverse(
         ok = (info == 0) & torch.isfinite(L.diagonal()).all()
     if check and not (ok and _well_conditioned(L)):
         raise ValueError(_not_definite(M, what, damping))
+    if not ok:  # cholesky_inverse raises on a zero pivot
+        return SPDResult(torch.full_like(M, torch.nan), ok)
     return SPDResult(torch.cholesky_inverse(L).to(M.dtype), ok)
 
 
