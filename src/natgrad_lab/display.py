@@ -162,6 +162,8 @@ def verdict(race: Race) -> str:
         return "No optimiser has a result."
     head = f"{leader.name} is ahead with training error {number(leader.train_error)}"
     others = [t for t in race.traces.values() if t is not leader and t.last]
+    family = leader.name.partition("-")[0]  # kfac is compared with other methods, not with kfac-paper, where it can be
+    others = [t for t in others if t.name.partition("-")[0] != family] or others
     if not others:
         return head + "."
     behind = ", ".join(

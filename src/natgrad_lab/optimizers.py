@@ -131,9 +131,8 @@ def _first_order(name: str, task: Any, model: nn.Module, seed: int, overrides: d
 
 
 def _kfac(name: str, task: Any, model: nn.Module, seed: int, overrides: dict[str, Any]) -> Competitor:
-    from natgrad.training import ExponentialBatchSize
-
     import natgrad as ng
+    from natgrad.training import ExponentialBatchSize
 
     settings = kfac_settings(name, task.name)
     settings["arguments"] = {**settings["arguments"], **overrides}
@@ -141,8 +140,34 @@ def _kfac(name: str, task: Any, model: nn.Module, seed: int, overrides: dict[str
     growth = {**settings["batch_size"], "final": n}
     growth["start"] = min(growth["start"], n)
     make_optimizer = ng.KFAC.paper if name == "kfac-paper" else ng.KFAC
-    optimizer = make_optimizer(model, task.likelihood, seed=seed, **settings["arguments"])
-    return Competitor(name, model, optimizer, optimizer.step, ExponentialBatchSize(**growth), settings)
+    optimizer = make_optimizer(model, task.likelihood, seed=seed, **_kfac_arguments(settings["arguments"], task))
+    in_force = {key: repr(getattr(optimizer, key)) for key in _IN_FORCE if hasattr(optimizer, key)}
+    return Competitor(
+        name, model, optimizer, optimizer.step, ExponentialBatchSize(**growth), {**settings, "in force": in_force}
+    )
+
+
+# What K-FAC decided by itself where the recipe is silent: written beside the results, so that τ's and T's are always there.
+_IN_FORCE = ("damping", "l2", "momentum", "subsets", "periods", "guard", "decay")
+
+
+def _kfac_arguments(arguments: dict[str, Any], task: Any) -> dict[str, Any]:
+    """A recipe's plain values as arguments of `natgrad.KFAC`.
+
+    A mapping becomes the settings object that the argument takes; `"static_inputs": true` becomes the training inputs.
+    """
+    from natgrad.optim import settings
+
+    objects = {
+        "damping": settings.Damping,
+        "subsets": settings.Subsets,
+        "periods": settings.Periods,
+        "guard": settings.StepGuard,
+    }
+    made = {k: objects[k](**v) if k in objects and isinstance(v, dict) else v for k, v in arguments.items()}
+    if made.pop("static_inputs", False):
+        made["static_inputs"] = task.x_train
+    return made
 
 
 def _nesterov(parameters: list[nn.Parameter], **arguments: Any) -> torch.optim.Optimizer:
