@@ -1,0 +1,1 @@
+"""Dense twins: the definitions written out, slow and obvious, independent of the package."""
