@@ -12,9 +12,9 @@ READY := $(VENV)/.ready
 
 # Racing time of one optimiser in `make demo`; there are three of them.
 DEMO_SECONDS ?= 55
-# Two workers with one thread each: more threads would fight over the cores.
+# Tests run in two workers with one thread each: more threads would fight over the cores.
 WORKERS ?= 2
-export OMP_NUM_THREADS ?= 1
+test test-slow bench: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help env demo test test-slow lint bench docs clean
 
