@@ -147,7 +147,7 @@ def _kfac(name: str, task: Any, model: nn.Module, seed: int, overrides: dict[str
     )
 
 
-# What K-FAC decided by itself where the recipe is silent: written beside the results, so that τ's and T's are always there.
+# What K-FAC chose where the recipe is silent: written beside the results, so that τ's and T's are always there.
 _IN_FORCE = ("damping", "l2", "momentum", "subsets", "periods", "guard", "decay")
 
 
