@@ -15,7 +15,9 @@ from natgrad.likelihoods import Likelihood, score
 
 Expectation = Literal["exact", "sampled", "empirical"]
 
-_COLUMNS_AT_ONCE = 16
+# Cotangents per stack: at most so many, fewer where z is large.
+_AT_ONCE = 16
+_ELEMENTS_AT_ONCE = 2**21
 
 
 def check_expectation(likelihood: Likelihood, expectation: str, targets: Any, samples: int, name: str = "y") -> None:
@@ -67,11 +69,11 @@ def cotangents(
         return
     root = _root_weight(likelihood, z, targets, weight)
     if expectation == "sampled":
-        for _ in range(samples):
-            drawn = score(likelihood, z, likelihood.sample(z, generator=generator))
-            if samples > 1:
-                drawn = drawn * samples**-0.5
-            yield (drawn if root is None else drawn * root)[None]
+        scale = samples**-0.5 if root is None else root * samples**-0.5
+        at_once = _at_once(z)
+        for start in range(0, samples, at_once):
+            draws = [_draw(likelihood, z, generator) for _ in range(min(at_once, samples - start))]
+            yield draws[0][None] * scale if len(draws) == 1 else torch.stack(draws) * scale
         return
     for columns in _factor_columns(likelihood, z):
         yield columns if root is None else columns * root
@@ -81,8 +83,7 @@ def fisher_diagonal(
     likelihood: Likelihood, z: Float[Tensor, "batch ..."], targets: Any = None, weight: Tensor | None = None
 ) -> Float[Tensor, "batch ..."] | None:
     """The diagonal of ``w F_R(z)`` where that matrix is diagonal, None otherwise."""
-    known = getattr(likelihood, "fisher_diagonal", None)
-    diagonal = known(z) if known is not None else None
+    diagonal = _unweighted_diagonal(likelihood, z)
     if diagonal is None:
         return None
     w = _curvature_weight(likelihood, z, targets, weight)
@@ -91,18 +92,32 @@ def fisher_diagonal(
 
 def _factor_columns(likelihood: Likelihood, z: Tensor) -> Iterator[Tensor]:
     """Stacks of columns of the factor S."""
-    diagonal = fisher_diagonal(likelihood, z)
+    diagonal = _unweighted_diagonal(likelihood, z)
     if diagonal is not None:  # one column per output, never a matrix per example
         values = diagonal.expand_as(z).sqrt().reshape(z.shape[0], -1)
-        for start in range(0, values.shape[1], _COLUMNS_AT_ONCE):
-            index = torch.arange(start, min(start + _COLUMNS_AT_ONCE, values.shape[1]), device=z.device)
+        at_once = _at_once(z)
+        for start in range(0, values.shape[1], at_once):
+            index = torch.arange(start, min(start + at_once, values.shape[1]), device=z.device)
             stack = values.new_zeros(len(index), *values.shape)
             stack[index - start, :, index] = values[:, index].T
             yield stack.reshape(-1, *z.shape)
         return
     S = likelihood.fisher_factor(z)
-    for part in S.split(_COLUMNS_AT_ONCE, dim=-1):
+    for part in S.split(_at_once(z), dim=-1):
         yield part.movedim(-1, 0)
+
+
+def _unweighted_diagonal(likelihood: Likelihood, z: Tensor) -> Tensor | None:
+    known = getattr(likelihood, "fisher_diagonal", None)
+    return None if known is None else known(z)
+
+
+def _at_once(z: Tensor) -> int:
+    return max(1, min(_AT_ONCE, _ELEMENTS_AT_ONCE // z.numel()))
+
+
+def _draw(likelihood: Likelihood, z: Tensor, generator: torch.Generator | None) -> Tensor:
+    return score(likelihood, z, likelihood.sample(z, generator=generator))
 
 
 def _root_weight(likelihood: Likelihood, z: Tensor, targets: Any, weight: Tensor | None) -> Tensor | None:

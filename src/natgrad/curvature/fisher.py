@@ -18,7 +18,7 @@ from natgrad.layers.capture import Capture
 from natgrad.layers.coverage import Coverage, Uncovered, cover
 from natgrad.likelihoods import Likelihood
 from natgrad.linalg.spd import safe_eigh, spd_inverse
-from natgrad.model_view import Forward, ModelView
+from natgrad.model_view import Forward, ModelView, batch_size
 from natgrad.operators.base import LinearOperator
 from natgrad.operators.kronecker import BlockDiagonal, Dense, Kronecker, layer_index, parameter_index
 
@@ -199,6 +199,7 @@ def kronecker_fisher(
     squares: dict[str, Tensor] = {}
     try:
         for batch, targets, weights in batches_of(x, y, weight):
+            batch_size(batch)  # refuses an empty batch
             given = {**options, "y": targets, "weight": weights}
             if structure == "input_covariance":
                 new = collect_inputs(view, capture, likelihood, batch, y=targets, weight=weights)

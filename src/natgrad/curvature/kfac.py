@@ -19,7 +19,7 @@ from natgrad.curvature.inverse import (
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.factors import flatten_rows, input_moment, second_moment
 from natgrad.likelihoods import Likelihood
-from natgrad.model_view import ModelView, select_rows
+from natgrad.model_view import ModelView, batch_size, select_rows
 
 __all__ = [
     "BlockInverse",
@@ -56,6 +56,7 @@ def collect(
     Buffers and the global random streams are left as they were. Arguments as in :func:`statistics_from`.
     """
     check_expectation(likelihood, expectation, y, samples)
+    batch_size(x)  # refuses an empty batch
     with view.curvature_pass(), view.snapshot():
         with torch.enable_grad(), capture.record() as record:
             z = view(x)
@@ -118,7 +119,8 @@ def statistics_from(
     known = (
         {source: flatten_rows(diagonal.expand_as(z_rows)).sum(0)} if source is not None and diagonal is not None else {}
     )
-    sums = {name: input_sums(record.layers[name], found, rows, batch) for name, found in record.inputs.items()}
+    inputs = record.inputs
+    sums = {name: input_sums(layer, inputs.get(name, []), rows, batch) for name, layer in record.layers.items()}
     if sums.keys() - known.keys():
         stacks = cotangents(
             likelihood,
