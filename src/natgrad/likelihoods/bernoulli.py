@@ -1,0 +1,93 @@
+"""Independent binary outputs with logits z: binary cross-entropy."""
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.likelihoods.base import Normalised, diagonal_factor
+
+
+class Bernoulli(Normalised):
+    r"""``p(y = 1 | z) = σ(z)``: binary cross-entropy with logits; ``F_R = diag(σ(z) (1 − σ(z)))`` [NATGRAD, eq. 11].
+
+    Targets may be soft, in [0, 1].
+
+    Args:
+        normalizer: ``"example"``, ``"element"`` or ``"none"``.
+        pos_weight: multiplies the term of y = 1, broadcast to the trailing dimensions of z. The curvature then depends on y: it
+            is multiplied by ``1 + (pos_weight − 1) y``.
+        weight: multiplies every target's nll, broadcast to the trailing dimensions of z; does not change the count.
+    """
+
+    def __init__(
+        self, normalizer: str = "example", *, pos_weight: Tensor | None = None, weight: Tensor | None = None
+    ) -> None:
+        super().__init__(normalizer)
+        self.pos_weight, self.weight = pos_weight, weight
+
+    def __repr__(self) -> str:
+        return f"Bernoulli(normalizer={self.normalizer!r})"
+
+    @property
+    def needs_targets(self) -> bool:
+        """True with ``pos_weight``."""
+        return self.pos_weight is not None
+
+    def losses(self, z: Tensor, y: Tensor) -> Tensor:
+        """``−pos_weight y log σ(z) − (1 − y) log σ(−z)``, times weight, per output."""
+        return nn.functional.binary_cross_entropy_with_logits(
+            z, y.to(z.dtype), weight=self.weight, pos_weight=self.pos_weight, reduction="none"
+        )
+
+    def curvature_weight(self, z: Tensor, y: Tensor | None = None, weight: Tensor | None = None) -> Tensor | None:
+        """The weights, times ``1 + (pos_weight − 1) y``; None for ones.
+
+        Raises:
+            ValueError: there is a ``pos_weight`` and y is not given.
+        """
+        total = super().curvature_weight(z, y, weight)
+        if self.weight is not None:
+            own = self.weight.to(z.dtype).expand_as(z)
+            total = own if total is None else total * own
+        if self.pos_weight is not None:
+            if y is None:
+                raise ValueError("Bernoulli(pos_weight=...): the curvature depends on the targets; pass y=")
+            positive = 1 + (self.pos_weight - 1) * y.to(z.dtype)
+            total = positive if total is None else total * positive
+        return total
+
+    def validate(self, z: Tensor, y: Tensor) -> None:
+        """Targets are in [0, 1] (NaN is left to the optimisers, which skip such a batch)."""
+        super().validate(z, y)
+        if y.dtype != torch.bool and bool(((y < 0) | (y > 1)).any()):
+            raise ValueError(
+                f"targets: Bernoulli expects values in [0, 1]; got values from {y.min().item():g} to {y.max().item():g} "
+                "(scale images to [0, 1], or use Gaussian for real values)"
+            )
+
+    def sample(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """0 or 1 for every output, in z's dtype."""
+        return torch.bernoulli(torch.sigmoid(z.detach()), generator=generator)
+
+    def score(self, z: Tensor, y: Tensor) -> Tensor:
+        """``σ(z) − y``."""
+        return torch.sigmoid(z) - y
+
+    def fisher_product(self, z: Tensor, v: Tensor) -> Tensor:
+        """``σ(z) (1 − σ(z)) v``."""
+        return self.fisher_diagonal(z) * v
+
+    def fisher_diagonal(self, z: Tensor) -> Tensor:
+        """``σ(z) (1 − σ(z))``."""
+        return torch.sigmoid(z) * torch.sigmoid(-z)
+
+    def fisher_factor(self, z: Tensor) -> Tensor:
+        """``diag(√(σ(z) (1 − σ(z))))``, ``[*z.shape, k]``."""
+        return diagonal_factor(self.fisher_diagonal(z))
+
+    def to_mean(self, z: Tensor) -> Tensor:
+        """``σ(z)``."""
+        return torch.sigmoid(z)
+
+    def mean_fisher_product(self, p: Tensor, v: Tensor) -> Tensor:
+        """The Fisher of the output probabilities: ``v / (p (1 − p))``."""
+        return v / (p * (1 - p))

@@ -1,0 +1,1 @@
+"""Optimisers: where a curvature, a damping and the quadratic model meet."""
