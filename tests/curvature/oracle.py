@@ -13,7 +13,7 @@ from natgrad.likelihoods import Bernoulli, Categorical, Gaussian
 
 
 class Net(nn.Module):
-    """Linear layers with tanh between them; sequences [N, T, d] pass position by position, after which positions mix."""
+    """Linear layers with tanh between them; sequences [N, T, d] go position by position, or mix."""
 
     def __init__(self, widths: list[int], bias: bool = True, mix: bool = False, seed: int = 0) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def count_of(likelihood, z: Tensor) -> float:
 
 @dataclass
 class Example:
-    """One example's ā [R, columns] and derivatives J = dz/ds [D, R, out] of every layer, and its curvature at the output."""
+    """One example's ā [R, columns] and derivatives J = dz/ds [D, R, out] per layer, and its curvature at the output."""
 
     a: list[Tensor]
     J: list[Tensor]
@@ -82,7 +82,9 @@ def examples(net: Net, likelihood, x: Tensor, y: Tensor | None = None) -> list[E
     found = []
     for n in range(len(x)):
         calls: list[tuple[Tensor, Tensor]] = []
-        handles = [layer.register_forward_hook(lambda m, i, o: calls.append((i[0], o))) for layer in net.layers]
+        handles = [
+            layer.register_forward_hook(lambda m, i, o, calls=calls: calls.append((i[0], o))) for layer in net.layers
+        ]
         z = net(x[n : n + 1])[0]
         for handle in handles:
             handle.remove()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import Net
+from curvature.oracle import Net
 from torch import nn
 
 from natgrad.curvature import kronecker_fisher

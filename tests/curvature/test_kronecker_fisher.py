@@ -2,10 +2,10 @@
 
 import math
 
-import oracle
 import pytest
 import torch
-from oracle import Net
+from curvature import oracle
+from curvature.oracle import Net
 from torch import nn
 
 from natgrad.curvature import kronecker_fisher

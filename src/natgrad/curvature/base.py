@@ -48,7 +48,7 @@ class Factors:
 
     def to_dense(self) -> Float[Tensor, "size size"]:
         """``A ⊗ G``, which acts on the stacked columns of ``[W b]``."""
-        return torch.kron(to_dense(self.A), to_dense(self.G))
+        return kron(to_dense(self.A), to_dense(self.G))
 
 
 @dataclass
@@ -138,6 +138,11 @@ def factors_from(statistics: Statistics) -> dict[str, Factors]:
 def to_dense(factor: Tensor | Diagonal) -> Float[Tensor, "d d"]:
     """A factor as a matrix."""
     return factor.to_dense() if isinstance(factor, Diagonal) else factor
+
+
+def kron(A: Float[Tensor, "a b"], G: Float[Tensor, "c d"]) -> Float[Tensor, "ac bd"]:
+    """``A ⊗ G``; `torch.kron` fails on some pairs of strided matrices."""
+    return torch.kron(A.contiguous(), G.contiguous())
 
 
 def _factor(mean: Tensor) -> Tensor | Diagonal:

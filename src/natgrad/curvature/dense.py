@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.curvature.base import LayerSums, Statistics
+from natgrad.curvature.base import LayerSums, Statistics, kron
 from natgrad.curvature.cotangents import check_expectation, cotangents
 from natgrad.curvature.kfac import output_gradients, trainable_parts
 from natgrad.layers.capture import Capture, Record
@@ -81,7 +81,7 @@ def pair_blocks(
     rows = []
     for A_row, G_row in zip(A.split(columns), G.split(outs), strict=True):
         pairs = zip(A_row.split(columns, dim=1), G_row.split(outs, dim=1), strict=True)
-        rows.append(torch.cat([torch.kron(a, g) for a, g in pairs], dim=1))
+        rows.append(torch.cat([kron(a, g) for a, g in pairs], dim=1))
     return torch.cat(rows)
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from natgrad.curvature.base import Diagonal, Factors
+from natgrad.curvature.base import Diagonal, Factors, kron
 from natgrad.damping import ExactTikhonov, FactoredTikhonov, check_damping
 from natgrad.linalg.spd import safe_eigh, spd_inverse
 
@@ -51,7 +51,7 @@ class FactoredInverse(BlockInverse):
 
     def to_dense(self) -> Float[Tensor, "size size"]:
         """The matrix that acts on the stacked columns of V."""
-        return torch.kron(*(torch.diag(x) if x.ndim == 1 else x for x in (self.A, self.G)))
+        return kron(*(torch.diag(x) if x.ndim == 1 else x for x in (self.A, self.G)))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class ExactInverse(BlockInverse):
         basis = self.basis
         QA = torch.diag(torch.ones_like(basis.a)) if basis.QA is None else basis.QA
         QG = torch.diag(torch.ones_like(basis.g)) if basis.QG is None else basis.QG
-        Q = torch.kron(QA, QG)
+        Q = kron(QA, QG)
         return (Q * self.scale.T.reshape(-1)) @ Q.T
 
 
@@ -163,6 +163,8 @@ def invert_block(
 
 def _basis(factor: Tensor | Diagonal, check: bool, what: str) -> tuple[Tensor | None, Tensor, Tensor]:
     if isinstance(factor, Diagonal):
+        if check and not torch.isfinite(factor.vector).all():
+            raise ValueError(f"{what} holds NaN or infinite values")
         return None, factor.vector.clamp(min=0), torch.isfinite(factor.vector).all()
     values, vectors, ok = safe_eigh(factor, check=check, what=what)
     return vectors, values.clamp(min=0), ok

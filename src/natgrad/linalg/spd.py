@@ -85,7 +85,8 @@ def spd_inverse(
         raise ValueError(_not_definite(M, what, damping))
     if not ok:  # cholesky_inverse raises on a zero pivot
         return SPDResult(torch.full_like(M, torch.nan), ok)
-    return SPDResult(torch.cholesky_inverse(L).to(M.dtype), ok)
+    # The result is symmetric and stored by columns: its transpose is the same matrix stored by rows.
+    return SPDResult(torch.cholesky_inverse(L).mT.to(M.dtype), ok)
 
 
 def safe_eigh(M: Float[Tensor, "n n"], *, check: bool = False, what: str = "the matrix") -> EighResult:

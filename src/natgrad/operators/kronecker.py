@@ -35,7 +35,7 @@ class Kronecker(LinearOperator):
         return V.reshape(v.shape)
 
     def _dense(self) -> Float[Tensor, "n n"]:
-        return torch.kron(*(torch.diag(x) if x.ndim == 1 else x for x in (self.A, self.G)))
+        return torch.kron(*(torch.diag(x) if x.ndim == 1 else x.contiguous() for x in (self.A, self.G)))
 
 
 class Dense(LinearOperator):
