@@ -224,7 +224,7 @@ class ModelView:
             expected = shape if columns is None else (*shape, columns)
             if tuple(value.shape) != expected:
                 raise ValueError(f"{name}: expected a tensor of shape {expected}, got {tuple(value.shape)}")
-            parts.append(value.reshape(-1) if columns is None else value.reshape(-1, columns))
+            parts.append(value.reshape(-1) if columns is None else value.reshape(parameter.numel(), columns))
         return torch.cat(parts)
 
     def to_dict(self, v: Float[Tensor, "P *k"]) -> dict[str, Tensor]:

@@ -1,12 +1,12 @@
-"""Exact operators against definitions written out: all networks, families, normalisers, weights and parametrisations."""
+"""Exact operators against definitions written out: networks, families, normalisers, weights, parametrisations."""
 
-import natgrad.likelihoods as lik
 import pytest
 import torch
 from oracles import dense as oracle
 from oracles import networks
 from torch import Tensor, nn
 
+import natgrad.likelihoods as lik
 from natgrad.model_view import call_model
 from natgrad.operators.autodiff import EmpiricalFisher, Fisher, GaussNewton, GradientCovariance, Hessian, Jacobian
 from natgrad.operators.base import vec_order
@@ -99,46 +99,62 @@ def test_scale_is_that_of_nll(family: str, weighted: bool, normalizer: str) -> N
         weight = torch.rand(shape, dtype=z.dtype, generator=torch.Generator().manual_seed(5)) + 0.5
         weight[0] = 0  # masked: not counted per element
         count = int((weight != 0).sum()) if normalizer == "element" else count
-    summed, l = oracle.nll(family, VARIANCE, weight), likelihood(family, normalizer)
-    torch.testing.assert_close(l.nll(z, y, weight=weight), summed(z, y) / count)
+    summed, distribution = oracle.nll(family, VARIANCE, weight), likelihood(family, normalizer)
+    torch.testing.assert_close(distribution.nll(z, y, weight=weight), summed(z, y) / count)
     newton = oracle.gauss_newton(case.model, case.x, lambda u: summed(u, y) / count)
-    torch.testing.assert_close(Fisher(case.model, l, case.x, y=y, weight=weight).to_dense(), newton)
-    torch.testing.assert_close(GaussNewton(case.model, l, case.x, y, weight=weight).to_dense(), newton)
-    in_probabilities = Fisher(case.model, l, case.x, y=y, weight=weight, parametrization="probabilities")
+    torch.testing.assert_close(Fisher(case.model, distribution, case.x, y=y, weight=weight).to_dense(), newton)
+    torch.testing.assert_close(GaussNewton(case.model, distribution, case.x, y, weight=weight).to_dense(), newton)
+    in_probabilities = Fisher(case.model, distribution, case.x, y=y, weight=weight, parametrization="probabilities")
     torch.testing.assert_close(in_probabilities.to_dense(), newton)
     hessian = oracle.hessian(case.model, lambda: summed(case.model(case.x), y) / count)
-    torch.testing.assert_close(Hessian(case.model, l, case.x, y, weight=weight).to_dense(), hessian)
+    torch.testing.assert_close(Hessian(case.model, distribution, case.x, y, weight=weight).to_dense(), hessian)
     rows = [oracle.nll(family, VARIANCE, None if weight is None else weight[i : i + 1]) for i in range(3)]
     g = torch.stack(
         [oracle.flat_gradient(rows[i](case.model(case.x[i : i + 1]), y[i : i + 1]), case.model) for i in range(3)]
     )
-    torch.testing.assert_close(EmpiricalFisher(case.model, l, case.x, y, weight=weight).to_dense(), g.T @ g / 3)
+    torch.testing.assert_close(
+        EmpiricalFisher(case.model, distribution, case.x, y, weight=weight).to_dense(), g.T @ g / 3
+    )
 
 
+CLASS_WEIGHT = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
 TARGETED = {
-    "class_weight": lambda: (
-        lik.Categorical(class_weight=torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)),
-        "categorical",
-    ),
-    "ignore_index": lambda: (lik.Categorical(normalizer="element", ignore_index=1), "categorical"),
-    "label_smoothing": lambda: (lik.Categorical(label_smoothing=0.2), "categorical"),
-    "pos_weight": lambda: (lik.Bernoulli(pos_weight=torch.tensor([3.0, 0.5, 1.0], dtype=torch.float64)), "bernoulli"),
+    "class_weight": lambda: lik.Categorical(class_weight=CLASS_WEIGHT),
+    "weighted_mean": lambda: lik.Categorical(normalizer="weighted", class_weight=CLASS_WEIGHT, ignore_index=1),
+    "ignore_index": lambda: lik.Categorical(normalizer="element", ignore_index=1),
+    "label_smoothing": lambda: lik.Categorical(label_smoothing=0.2),
+    "smoothed_class_weight": lambda: lik.Categorical(class_weight=CLASS_WEIGHT, label_smoothing=0.2),
+    "pos_weight": lambda: lik.Bernoulli(pos_weight=6 * CLASS_WEIGHT),
+    "output_weight": lambda: lik.Bernoulli("element", weight=CLASS_WEIGHT),
 }
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", TARGETED)
-def test_curvature_that_depends_on_the_targets(name: str) -> None:
+def test_curvature_that_depends_on_the_targets(name: str, weighted: bool) -> None:
     case = networks.case("sequence")
-    l, family = TARGETED[name]()
+    distribution = TARGETED[name]()
+    family = type(distribution).__name__.lower()
     y = networks.targets(family, case.z)
     if family == "categorical":
         y[0, 0] = 1
-    expected = oracle.gauss_newton(case.model, case.x, lambda u: l.nll(u, y))
-    torch.testing.assert_close(Fisher(case.model, l, case.x, y=y).to_dense(), expected)
-    torch.testing.assert_close(GaussNewton(case.model, l, case.x, y).to_dense(), expected)
-    if l.needs_targets:
+    weight = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64) if weighted else None  # per example
+    expected = oracle.gauss_newton(case.model, case.x, lambda u: distribution.nll(u, y, weight=weight))
+    torch.testing.assert_close(Fisher(case.model, distribution, case.x, y=y, weight=weight).to_dense(), expected)
+    torch.testing.assert_close(GaussNewton(case.model, distribution, case.x, y, weight=weight).to_dense(), expected)
+    hessian = oracle.hessian(case.model, lambda: distribution.nll(case.model(case.x), y, weight=weight))
+    torch.testing.assert_close(Hessian(case.model, distribution, case.x, y, weight=weight).to_dense(), hessian)
+    if distribution.needs_targets:
         with pytest.raises(ValueError, match="y: .*targets"):
-            Fisher(case.model, l, case.x)
+            Fisher(case.model, distribution, case.x)
+
+
+def test_soft_classes() -> None:
+    case = networks.case("sequence")
+    y = torch.softmax(case.z.sin(), -1)
+    distribution = lik.Categorical(class_weight=CLASS_WEIGHT)
+    expected = oracle.gauss_newton(case.model, case.x, lambda u: distribution.nll(u, y))
+    torch.testing.assert_close(Fisher(case.model, distribution, case.x, y=y).to_dense(), expected)
 
 
 def test_classes_in_dimension_one() -> None:
@@ -158,11 +174,14 @@ def test_saturated_probabilities_stay_finite() -> None:
     model = nn.Linear(1, 2)
     nn.init.constant_(model.weight, 200.0)
     x = torch.tensor([[1.0], [-1.0]])
-    for l, y in ((lik.Bernoulli(), torch.tensor([[0.0, 1.0], [1.0, 0.0]])), (lik.Categorical(), torch.tensor([0, 1]))):
-        assert Fisher(model, l, x, parametrization="probabilities").to_dense().isfinite().all()
-        newton = GaussNewton(model, l, x, y, linearize="probabilities").to_dense()
+    for distribution, y in (
+        (lik.Bernoulli(), torch.tensor([[0.0, 1.0], [1.0, 0.0]])),
+        (lik.Categorical(), torch.tensor([0, 1])),
+    ):
+        assert Fisher(model, distribution, x, parametrization="probabilities").to_dense().isfinite().all()
+        newton = GaussNewton(model, distribution, x, y, linearize="probabilities").to_dense()
         assert newton.isfinite().all()
-        if isinstance(l, lik.Bernoulli):  # J_fᵀ D J_f → x² where the prediction is certain and wrong
+        if isinstance(distribution, lik.Bernoulli):  # J_fᵀ D J_f → x² where the prediction is certain and wrong
             torch.testing.assert_close(newton[0, 0], torch.tensor(1.0))
 
 
@@ -220,3 +239,20 @@ def test_vec_order_of_a_linear_layer_is_a_kronecker_product() -> None:
 def test_vec_order_keeps_other_parameters_after_the_layers() -> None:
     model = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2, bias=False))
     assert vec_order(Jacobian(model, torch.randn(1, 2)).domain).tolist() == [4, 6, 5, 7, 0, 1, 2, 3]
+
+
+class Skewed(Poisson):
+    """A mean map whose derivative is not symmetric, with the identity as the metric of the means."""
+
+    def to_mean(self, z: Tensor) -> Tensor:
+        return torch.stack([z[:, 0].exp() * z[:, 1], z[:, 1].sin()], 1)
+
+    def mean_fisher_product(self, p: Tensor, v: Tensor) -> Tensor:
+        return v
+
+
+def test_the_mean_map_need_not_have_a_symmetric_derivative() -> None:
+    case = networks.case("mlp")
+    fisher = Fisher(case.model, Skewed(), case.x, parametrization="probabilities")
+    j = oracle.jacobian(case.model, case.x, of=Skewed().to_mean)
+    torch.testing.assert_close(fisher.to_dense(), j.T @ j / 4)

@@ -1,6 +1,5 @@
 """Every exact operator keeps the contract, each against its dense twin."""
 
-import natgrad.likelihoods as lik
 import pytest
 import torch
 from conformance.operators import OperatorContract
@@ -8,6 +7,7 @@ from oracles import dense as oracle
 from oracles import networks
 from torch import Tensor
 
+import natgrad.likelihoods as lik
 from natgrad.operators import autodiff, base
 
 CASE, LIK = "mlp", lik.Categorical()

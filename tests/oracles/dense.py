@@ -1,7 +1,7 @@
-"""Dense curvature by loops over examples and outputs, with targets enumerated; only `torch.autograd` and formulas on paper.
+"""Dense curvature by loops over examples and outputs, targets enumerated; only `torch.autograd` and formulas on paper.
 
-`call(model, x) → z` evaluates the model; parameters are ordered as `model.parameters()` with requires_grad, row-major. `nll` is a
-function of (z, y) → summed negative log-likelihood, so that scales are visible where they are applied.
+`call(model, x) → z` evaluates the model; parameters are ordered as `model.parameters()` with requires_grad, row-major.
+`nll` is a function of (z, y) → summed negative log-likelihood, so that scales are visible where they are applied.
 """
 
 import itertools
@@ -69,8 +69,8 @@ def fisher_by_enumeration(
 ) -> Tensor:
     """Σ_n Σ_y p(y|z_n) ∇ nll(z_n, y) ∇ᵀ: every y that can occur, for each example alone; divided by nothing.
 
-    Gaussian targets cannot be enumerated; z ± σ in every element, each sign pattern with equal weight, has the same first
-    two moments, and the gradient is linear in y.
+    Gaussian targets cannot be enumerated; z ± σ in every element, each sign pattern with equal weight, has the same
+    first two moments, and the gradient is linear in y.
     """
     n = rows_of(x)
     total = torch.zeros(())

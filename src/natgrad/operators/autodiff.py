@@ -93,6 +93,7 @@ class Fisher(JacobianSandwich):
         forward: Forward | None = None,
         chunk_size: int | None = None,
     ) -> None:
+        check_likelihood(likelihood)
         _check_space("parametrization", parametrization)
         if y is None and getattr(likelihood, "needs_targets", False):
             raise ValueError(
@@ -126,8 +127,8 @@ class Fisher(JacobianSandwich):
         return self.likelihood.fisher_product(z, u)
 
     def _in_probabilities(self, u: Tensor) -> Tensor:
-        # The maps z → y of the three families are gradients of their log-normalisers: dy/dz is symmetric.
-        tangent = batched_grad([self._mean], [self._logits], [u])[0]
+        z, to_mean = self._products.z, self.likelihood.to_mean
+        tangent = torch.func.vmap(lambda one: torch.func.jvp(to_mean, (z,), (one,))[1])(u)
         metric = self.likelihood.mean_fisher_product(self._mean.detach(), tangent)
         # A saturated output has dy/dz = 0 and 1/y = ∞: its limit is 0.
         metric = torch.where(tangent == 0, torch.zeros_like(metric), metric)
@@ -223,7 +224,7 @@ class Hessian(LinearOperator):
         chunk_size: how many columns one pass treats; by default as many as fit into about 1 GiB.
 
     Raises:
-        ValueError: an operation of the model has no double backward; see also `Jacobian`.
+        ValueError: an operation of the model has no double backward, or a wrong one; see also `Jacobian`.
         TypeError: the likelihood lacks a method.
     """
 
@@ -242,6 +243,7 @@ class Hessian(LinearOperator):
         view = as_view(model, forward)
         self.likelihood = likelihood
         self._products = JacobianProducts(view, x, chunk_size)
+        _check_second_derivatives(self._products.output)
         with differentiable(), view.curvature_pass():
             self._inputs = list(self._products.parameters.values())
             loss = likelihood.nll(self._products.output, y, weight=weight)
@@ -279,3 +281,19 @@ def _curvature_weight(likelihood: Likelihood, z: Tensor, y: Any, weight: Tensor 
     if weight is not None:
         raise ValueError(f"weight: {type(likelihood).__name__} has no curvature_weight(z, y, weight) that could use it")
     return None
+
+
+def _check_second_derivatives(z: Tensor) -> None:
+    """Refuses operations whose double backward in PyTorch (2.13) is wrong without a word (finite differences tell)."""
+    seen, waiting = set(), [z.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().startswith("WeightNormInterfaceBackward"):
+            raise ValueError(
+                "model: PyTorch's double backward of weight_norm is wrong (its Hessian is not even symmetric); remove "
+                "the parametrization first, or use GaussNewton or Fisher, which need no second derivatives of the model"
+            )
+        waiting.extend(following for following, _ in node.next_functions)
