@@ -51,7 +51,9 @@ def test_reduction_ratio_of_an_overflow_is_minus_infinity() -> None:
     assert reduction_ratio(torch.tensor(torch.nan), torch.tensor(-2.0)) == -torch.inf
 
 
-@pytest.mark.parametrize(("rho", "factor"), [(0.8, 0.95**5), (0.5, 1.0), (0.2, 0.95**-5), (-1.0, 0.95**-5), (torch.nan, 1.0)])
+@pytest.mark.parametrize(
+    ("rho", "factor"), [(0.8, 0.95**5), (0.5, 1.0), (0.2, 0.95**-5), (-1.0, 0.95**-5), (torch.nan, 1.0)]
+)
 def test_lambda_rule(rho: float, factor: float) -> None:
     lam = torch.tensor(150.0, dtype=torch.float64)
     new = LevenbergMarquardt()(lam, torch.tensor(rho, dtype=torch.float64))
@@ -74,8 +76,15 @@ def test_gamma_candidates() -> None:
     assert [value.item() for value in bounded] == pytest.approx([2.0, 1.5, 2.5])
 
 
-@pytest.mark.parametrize("make", [lambda: LevenbergMarquardt(every=0), lambda: LevenbergMarquardt(decay=1.5),
-                                  lambda: GreedyGamma(every=0), lambda: GreedyGamma(quality="best")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LevenbergMarquardt(every=0),
+        lambda: LevenbergMarquardt(decay=1.5),
+        lambda: GreedyGamma(every=0),
+        lambda: GreedyGamma(quality="best"),
+    ],
+)
 def test_rules_refuse_settings_out_of_range(make: object) -> None:
     with pytest.raises(ValueError, match=r"LevenbergMarquardt\(|GreedyGamma\("):
         make()  # type: ignore[operator]

@@ -4,6 +4,46 @@
 optimisers and the command line live beside it in `natgrad_lab`.
 """
 
+from natgrad.curvature.fisher import kronecker_fisher
+from natgrad.damping import ExactTikhonov, FactoredTikhonov
+from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
+from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from natgrad.losses import likelihood_of
+from natgrad.operators.autodiff import (
+    EmpiricalFisher,
+    Fisher,
+    GaussNewton,
+    GradientCovariance,
+    Hessian,
+    Jacobian,
+)
+from natgrad.optim.kfac import KFAC
+from natgrad.optim.settings import Damping, Periods, StepGuard, Subsets
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = [
+    "KFAC",
+    "Bernoulli",
+    "Categorical",
+    "Damping",
+    "EmpiricalFisher",
+    "ExactTikhonov",
+    "FactoredTikhonov",
+    "Fisher",
+    "GaussNewton",
+    "Gaussian",
+    "GradientCovariance",
+    "GreedyGamma",
+    "Hessian",
+    "Jacobian",
+    "LevenbergMarquardt",
+    "Likelihood",
+    "Periods",
+    "Poisson",
+    "StepGuard",
+    "Subsets",
+    "__version__",
+    "kronecker_fisher",
+    "likelihood_of",
+]

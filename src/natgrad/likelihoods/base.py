@@ -123,7 +123,9 @@ class Normalised(ABC):
         """Refuse targets of the wrong type, shape, dtype or device; costs nothing and never waits for the device."""
         check_pair(type(self).__name__, z, y)
         if y.shape != z.shape:
-            raise ValueError(f"targets: expected shape {tuple(z.shape)}, that of the model's output z; got {tuple(y.shape)}")
+            raise ValueError(
+                f"targets: expected shape {tuple(z.shape)}, that of the model's output z; got {tuple(y.shape)}"
+            )
         if not y.is_floating_point() and y.dtype != torch.bool:
             raise ValueError(f"targets: {type(self).__name__} expects floating-point targets like z; got {y.dtype}")
 

@@ -66,7 +66,8 @@ class Bernoulli(Normalised):
 
     def sample(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """0 or 1 for every output, in z's dtype."""
-        return torch.bernoulli(torch.sigmoid(z.detach()), generator=generator)
+        uniform = torch.empty_like(z).uniform_(generator=generator)  # torch.bernoulli would raise on a NaN batch
+        return (uniform < torch.sigmoid(z.detach())).to(z.dtype)
 
     def score(self, z: Tensor, y: Tensor) -> Tensor:
         """``σ(z) − y``."""

@@ -38,7 +38,9 @@ class Categorical(Normalised):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"Categorical(label_smoothing={label_smoothing}): expected a number from 0 to 1")
         if class_dim == 0:
-            raise ValueError("Categorical(class_dim=0): dimension 0 holds the examples; expected another dimension of z")
+            raise ValueError(
+                "Categorical(class_dim=0): dimension 0 holds the examples; expected another dimension of z"
+            )
         self.class_weight, self.ignore_index = class_weight, ignore_index
         self.label_smoothing, self.class_dim = label_smoothing, class_dim
 
@@ -69,7 +71,11 @@ class Categorical(Normalised):
         like = z.select(self.class_dim, 0)
         if weight is None and (y is None or y.is_floating_point()):
             return torch.as_tensor(like.numel(), device=z.device)
-        counted = torch.ones_like(like, dtype=torch.bool) if weight is None else expand_weight(weight, like).expand_as(like) != 0
+        counted = (
+            torch.ones_like(like, dtype=torch.bool)
+            if weight is None
+            else expand_weight(weight, like).expand_as(like) != 0
+        )
         if y is not None and not y.is_floating_point():
             counted = counted & (y != self.ignore_index)
         return torch.count_nonzero(counted)
@@ -108,14 +114,20 @@ class Categorical(Normalised):
         if y is not None:
             own = self._target_weight(z, y)
             total = own if total is None else total if own is None else total * own
-        return None if total is None else total.unsqueeze(self.class_dim if self.class_dim >= 0 else z.ndim + self.class_dim)
+        return (
+            None
+            if total is None
+            else total.unsqueeze(self.class_dim if self.class_dim >= 0 else z.ndim + self.class_dim)
+        )
 
     def _target_weight(self, z: Tensor, y: Tensor) -> Tensor | None:
         classes = self.class_weight
         if y.is_floating_point():
             if classes is None:
                 return None
-            smoothed = (1 - self.label_smoothing) * y.movedim(self.class_dim, -1) + self.label_smoothing / z.shape[self.class_dim]
+            smoothed = (1 - self.label_smoothing) * y.movedim(self.class_dim, -1) + self.label_smoothing / z.shape[
+                self.class_dim
+            ]
             return smoothed.to(z.dtype) @ classes.to(z.dtype)
         kept = y != self.ignore_index
         if classes is None:

@@ -28,7 +28,7 @@ class Poisson(Normalised):
 
     def sample(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Counts, in z's dtype."""
-        return torch.poisson(z.detach().exp(), generator=generator)
+        return torch.poisson(z.detach().exp().nan_to_num(nan=0.0), generator=generator)  # a NaN batch must not raise
 
     def score(self, z: Tensor, y: Tensor) -> Tensor:
         """``exp(z) − y``."""

@@ -30,7 +30,9 @@ class Chain:
         activations: the module between layer i and layer i + 1, or None where there is none.
     """
 
-    def __init__(self, names: Sequence[str], layers: Sequence[nn.Linear], activations: Sequence[nn.Module | None]) -> None:
+    def __init__(
+        self, names: Sequence[str], layers: Sequence[nn.Linear], activations: Sequence[nn.Module | None]
+    ) -> None:
         self.names, self.layers, self.activations = tuple(names), tuple(layers), tuple(activations)
 
     @classmethod

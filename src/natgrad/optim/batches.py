@@ -43,12 +43,12 @@ def micro_batches(inputs: Any, targets: Any, size: int | None) -> list[tuple[Any
     for x, y in batches:
         rows = batch_size(x)
         if batch_size(y) != rows:
-            raise ValueError(f"targets: {batch_size(y)} examples for {rows} inputs; expected one target for each example")
+            raise ValueError(
+                f"targets: {batch_size(y)} examples for {rows} inputs; expected one target for each example"
+            )
         if size is None or rows <= size:
             split.append((x, y))
         else:
             pieces = range(0, rows, size)
             split.extend((select_rows(x, slice(i, i + size)), select_rows(y, slice(i, i + size))) for i in pieces)
     return split
-
-

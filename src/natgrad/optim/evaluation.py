@@ -17,7 +17,7 @@ from natgrad.curvature.base import Statistics
 from natgrad.curvature.kfac import statistics_from, trainable_parts
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.factors import flatten_rows
-from natgrad.likelihoods import Likelihood, score
+from natgrad.likelihoods import Likelihood
 from natgrad.model_view import ModelView, Replay, batch_size, select_rows
 from natgrad.optim.layout import JointLayout
 from natgrad.optim.settings import Subsets
@@ -46,7 +46,9 @@ class Evaluation:
     statistics: Statistics | None
     tapes: list[Tape]
     count: Float[Tensor, ""]
-    rows: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # (a, g) per chunk, for the low-rank form
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = field(
+        default_factory=dict
+    )  # (a, g) per chunk, for the low-rank form
 
 
 def couples_examples(model: nn.Module) -> bool:
@@ -102,13 +104,20 @@ class Evaluator:
                         rows.setdefault(name, []).extend((flatten_rows(a), flatten_rows(g)) for a, g in pairs)
                 if sampled_rows and replay is not None:
                     new = statistics_from(
-                        record, z, self.likelihood, rows=sampled_rows, targets=chunk_targets, generator=generator,
+                        record,
+                        z,
+                        self.likelihood,
+                        rows=sampled_rows,
+                        targets=chunk_targets,
+                        generator=generator,
                         diagonal_output=self.diagonal_output,
                     )
                     statistics = new if statistics is None else statistics + new
                     layer_inputs = {name: found[0].detach() for name, found in record.inputs.items() if len(found) == 1}
                     tapes.append(
-                        Tape(chunk_inputs, chunk_targets, replay, layer_inputs, z.detach(), derivative, nll, chunk_count)
+                        Tape(
+                            chunk_inputs, chunk_targets, replay, layer_inputs, z.detach(), derivative, nll, chunk_count
+                        )
                     )
                 del record, z
         into /= count

@@ -5,7 +5,6 @@ One update, in the order of the paper: gradient and sampled statistics of the mi
 (every T₂). Every decision is a tensor on the device; a number reaches Python only when somebody reads ``stats``.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,9 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.curvature.base import factors_from
-from natgrad.curvature.inverse import BlockInverse, Eigenbasis, ExactInverse, FactoredInverse, eigenbasis, invert_block
-from natgrad.curvature.running import RunningFactors, mean_eigenvalue
-from natgrad.damping import ExactTikhonov, FactoredTikhonov
+from natgrad.curvature.running import RunningFactors
+from natgrad.damping import FactoredTikhonov
 from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
 from natgrad.layers.capture import Capture
 from natgrad.layers.coverage import cover
@@ -25,8 +23,8 @@ from natgrad.operators.linearize import Chain
 from natgrad.optim.batches import micro_batches
 from natgrad.optim.evaluation import Evaluation, Evaluator, Tape
 from natgrad.optim.layout import JointLayout
-from natgrad.optim.low_rank import low_rank_apply, low_rank_pays
 from natgrad.optim.local_model import LocalModel
+from natgrad.optim.proposal import Proposals
 from natgrad.optim.settings import Damping, Periods, StepGuard, Subsets
 from natgrad.optim.stats import Stats
 from natgrad.quadratic import best_coefficients, best_step, reduction_ratio
@@ -95,7 +93,14 @@ class KFAC(torch.optim.Optimizer):
         self._coverage = cover(view, uncovered=uncovered)
         super().__init__(list(view.parameters.values()), {"lr": lr})
         self.view, self.likelihood = view, likelihood
-        self.l2, self.momentum, self.subsets, self.periods, self.guard, self.decay = l2, momentum, subsets, periods, guard, decay
+        self.l2, self.momentum, self.subsets, self.periods, self.guard, self.decay = (
+            l2,
+            momentum,
+            subsets,
+            periods,
+            guard,
+            decay,
+        )
         self.layout = JointLayout(view, self._coverage)
         self.capture = Capture(model, self._coverage.layers)
         self.chain = Chain.of(view)
@@ -108,11 +113,8 @@ class KFAC(torch.optim.Optimizer):
         self._lam = scalar + (self.damping.value if self.damping.value is not None else torch.nan)
         self._gamma = (self._lam + l2).sqrt()
         self._running = RunningFactors(decay)
+        self.proposals = Proposals(self.layout, self._running, self.damping.form, l2)
         self.local = LocalModel(view, likelihood, self.layout, self.chain)
-        self._blocks: dict[str, BlockInverse] = {}
-        self._failures = 0
-        self._scale = scalar.clone()
-        self._bases: dict[str, Eigenbasis] = {}
         self._gradient, self._proposal, self._previous = (self.layout.zeros() for _ in range(3))
         self._counts = {"skipped": scalar.clone(), "rejected": scalar.clone()}
         self.stats = Stats()
@@ -165,13 +167,21 @@ class KFAC(torch.optim.Optimizer):
         batches = micro_batches(inputs, targets, micro_batch_size)
         searching = self.damping.value is None and self._update_number == 0
         subsets = Subsets(self.subsets.factors, 1.0) if searching else self.subsets
-        evaluation = self._evaluator(batches, subsets, self._generator, self._gradient, keep_rows=self._rows_pay(batches))
+        evaluation = self._evaluator(
+            batches,
+            subsets,
+            self._generator,
+            self._gradient,
+            keep_rows=self.proposals.wants_rows(sum(batch_size(x) for x, _ in batches)),
+        )
         self._update_number += 1
         finite = torch.isfinite(evaluation.loss) & torch.isfinite(evaluation.gradient.sum())
         self._add_l2(evaluation.gradient)
         self._running.update(factors_from(evaluation.statistics), finite)
+        if self.damping.gamma is None:
+            self._gamma = (self._lam + self.l2).sqrt()
         if self.periods.due(self._update_number):
-            self._refresh()
+            self.proposals.refresh(self._gamma**2)
         if searching:
             self._lam = self._search_damping(evaluation)
             self._gamma = (self._lam + self.l2).sqrt()
@@ -179,63 +189,15 @@ class KFAC(torch.optim.Optimizer):
         self._update(evaluation, finite)
         return evaluation.loss.to(self._gradient.dtype)
 
-    def _rows_pay(self, batches: list[tuple[Any, Any]]) -> bool:
-        rows = sum(batch_size(inputs) for inputs, _ in batches)
-        shapes = [shape for _, shape in self.layout.block_slices.values()]
-        return isinstance(self.damping.form, FactoredTikhonov) and any(low_rank_pays(rows, *shape) for shape in shapes)
-
     def _add_l2(self, gradient: Float[Tensor, " size"]) -> None:
         if self.l2:
             for name, part in self.layout.parameters(gradient).items():
                 part.add_(self.view.parameters[name], alpha=self.l2)
 
-    def _refresh(self) -> None:
-        """New inverses from the averaged factors; where a decomposition fails, the layer keeps its old one (and is counted)."""
-        self._scale = mean_eigenvalue(self._running.factors)
-        if isinstance(self.damping.form, ExactTikhonov):
-            for name, factors in self._running.factors.items():
-                basis = eigenbasis(factors)
-                if bool(basis.ok) or name not in self._bases:
-                    self._bases[name] = basis
-                self._failures += int(not basis.ok)
-        else:
-            self._blocks = self._factored(self._gamma**2)
-
-    def _factored(self, damping: Float[Tensor, ""]) -> dict[str, BlockInverse]:
-        blocks = dict(self._blocks)
-        for name, factors in self._running.factors.items():
-            block = invert_block(factors, damping, self.damping.form)
-            if bool(block.ok) or name not in blocks:
-                blocks[name] = block
-            self._failures += int(not block.ok)
-        return blocks
-
-    def _inverse(self, damping: Float[Tensor, ""], *, fresh: bool = False) -> dict[str, BlockInverse]:
-        """The inverse of every block. In the eigenbasis any damping costs nothing; else the one of the last refresh, or a fresh one."""
-        if isinstance(self.damping.form, ExactTikhonov):
-            return {name: ExactInverse(basis, damping) for name, basis in self._bases.items()}
-        return self._factored(damping) if fresh else self._blocks
-
-    def _propose(self, evaluation: Evaluation, inverse: Mapping[str, BlockInverse], into: Float[Tensor, " size"]) -> None:
-        """``Δ = −F̆^{-1} ∇h``; from the rows of the batch where they were kept and that is cheaper [KFAC, sec. 8]."""
-        proposal = self.layout.blocks(into)
-        for name, gradient in self.layout.blocks(evaluation.gradient).items():
-            block, rows = inverse[name], evaluation.rows.get(name)
-            if rows and isinstance(block, FactoredInverse) and low_rank_pays(sum(len(a) for a, _ in rows), *gradient.shape):
-                product = low_rank_apply(block, rows, evaluation.count)
-                if self.l2:
-                    product.add_(block.apply(self.layout.joint(name)), alpha=self.l2)
-            else:
-                product = block.apply(gradient)
-            torch.neg(product, out=proposal[name])
-        gradients = self.layout.others(evaluation.gradient)
-        for name, part in self.layout.others(into).items():
-            torch.div(gradients[name], -(1 + self._gamma**2), out=part)  # F is taken as the identity there
-
     def _update(self, evaluation: Evaluation, finite: Tensor) -> None:
         """From the gradient to new parameters, λ and statistics of the step."""
         damping = self._lam + self.l2
-        self._propose(evaluation, self._inverse(self._gamma**2), self._proposal)
+        self.proposals.write(evaluation, self._gamma**2, self._proposal)
         directions = [self._proposal, self._previous] if self.momentum else [self._proposal]
         model, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping, self.l2)
         coefficients = best_coefficients(model) if self.momentum else best_step(model)[None]
@@ -244,7 +206,9 @@ class KFAC(torch.optim.Optimizer):
         alpha, mu = coefficients[0], coefficients[1] if self.momentum else torch.zeros_like(coefficients[0])
         self._previous.mul_(mu).addcmul_(self._proposal, alpha.to(self._proposal.dtype))
         self._previous.copy_(torch.where(finite, self._previous, 0.0))
-        self._scale_by_lr(self._previous)
+        if self._scale_by_lr(self._previous):  # M at the update that is made, not at the one that would be best
+            directions, coefficients = [self._previous], torch.ones_like(coefficients[:1])
+            _, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping, self.l2)
         parameters = self.view.parameters
         old, change = self.layout.parameters(self._proposal), self.layout.parameters(self._previous)
         for name, parameter in parameters.items():
@@ -275,7 +239,7 @@ class KFAC(torch.optim.Optimizer):
                 "skipped": updates["skipped"],
                 "rejected": updates["rejected"],
                 "updates": self._update_number,
-                "failed_inverses": self._failures,
+                "failed_inverses": self.proposals.failures,
             }
         )
 
@@ -284,31 +248,26 @@ class KFAC(torch.optim.Optimizer):
         lam = self._lam
         rule = self.damping.rule
         if rule is not None and self._update_number % rule.every == 0:
-            lam = rule(lam, rho, self._scale)
+            lam = rule(lam, rho, self.proposals.scale)
         if self.guard is not None:
             lam = torch.where(accepted, lam, self._lam * self.guard.raise_damping)
         return torch.where(finite, lam, self._lam)
 
     def _adapt_gamma(self, evaluation: Evaluation) -> None:
-        """γ² = λ + η, or the γ rule: the best of three candidates, each with its own inverse [KFAC, sec. 6.6]."""
-        bound = (self._lam + self.l2).sqrt()
+        """The γ rule: the best of three candidates, each with its own inverse [KFAC, sec. 6.6]."""
         rule = self.damping.gamma
-        if rule is None:
-            self._gamma = bound
-        elif self._update_number % rule.every == 0:
-            candidates = rule.candidates(self._gamma, bound)
+        if rule is not None and self._update_number % rule.every == 0:
+            candidates = rule.candidates(self._gamma, (self._lam + self.l2).sqrt())
             qualities = [self._quality(evaluation, candidate, rule.quality) for candidate in candidates]
             best = torch.stack([torch.nan_to_num(quality, nan=torch.inf) for quality in qualities]).argmin()
             self._gamma = torch.stack(candidates)[best]
-            self._blocks = self._inverse(self._gamma**2, fresh=True)
+            self.proposals.refresh(self._gamma**2)
 
     def _quality(self, evaluation: Evaluation, gamma: Tensor, kind: str) -> Float[Tensor, ""]:
         """How good the update under this γ is: M(δ) − M(0), or h(θ + δ); smaller is better."""
-        self._propose(evaluation, self._inverse(gamma**2, fresh=True), self._proposal)
+        self.proposals.write(evaluation, gamma**2, self._proposal, fresh=True)
         directions = [self._proposal, self._previous] if self.momentum else [self._proposal]
-        model, _ = self.local.subspaces(
-            evaluation.tapes, evaluation.gradient, directions, self._lam + self.l2, self.l2
-        )
+        model, _ = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, self._lam + self.l2, self.l2)
         coefficients = best_coefficients(model) if self.momentum else best_step(model)[None]
         if kind == "model":
             return model.change(coefficients)
@@ -332,11 +291,13 @@ class KFAC(torch.optim.Optimizer):
         values = []
         for candidate in grid:
             lam = torch.full_like(self._lam, candidate)
-            self._propose(evaluation, self._inverse(lam + self.l2, fresh=True), self._proposal)
+            self.proposals.write(evaluation, lam + self.l2, self._proposal, fresh=True)
             model, _ = self.local.subspaces(
                 evaluation.tapes, evaluation.gradient, [self._proposal], lam + self.l2, self.l2
             )
-            values.append(torch.nan_to_num(self._trial(evaluation, [(best_step(model), self._proposal)]), nan=torch.inf))
+            values.append(
+                torch.nan_to_num(self._trial(evaluation, [(best_step(model), self._proposal)]), nan=torch.inf)
+            )
         return torch.tensor(grid, dtype=self._lam.dtype, device=self._lam.device)[torch.stack(values).argmin()]
 
     def _rows_objective(self, tapes: list[Tape], *, fresh: bool) -> Float[Tensor, ""]:
@@ -349,9 +310,11 @@ class KFAC(torch.optim.Optimizer):
             value = value + 0.5 * self.l2 * sum(parameter.square().sum() for parameter in self.view.parameters.values())
         return value
 
-    def _scale_by_lr(self, update: Float[Tensor, " size"]) -> None:
+    def _scale_by_lr(self, update: Float[Tensor, " size"]) -> bool:
+        """Multiply each parameter's part by its group's lr; False where every lr is 1."""
         rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
         if all(rate == 1.0 for rate in rates.values()):
-            return
+            return False
         for name, part in self.layout.parameters(update).items():
             part.mul_(rates[id(self.view.parameters[name])])
+        return True

@@ -55,7 +55,9 @@ class LocalModel:
         slope = torch.stack([torch.dot(gradient, direction) for direction in directions]).double()
         slope_rows = slope_rows / count
         if l2:
-            slope_rows = slope_rows + l2 * torch.stack([self._dot_parameters(direction) for direction in directions]).double()
+            slope_rows = (
+                slope_rows + l2 * torch.stack([self._dot_parameters(direction) for direction in directions]).double()
+            )
         return Subspace(slope, curvature), Subspace(slope_rows, curvature)
 
     def rows_loss(self, tapes: Sequence[Tape]) -> Float[Tensor, ""]:
@@ -72,7 +74,9 @@ class LocalModel:
             pairs = [
                 {
                     name: (block[:, : layer.in_features], block[:, -1] if layer.bias is not None else None)
-                    for (name, block), layer in zip(self.layout.blocks(direction).items(), self.chain.layers, strict=True)
+                    for (name, block), layer in zip(
+                        self.layout.blocks(direction).items(), self.chain.layers, strict=True
+                    )
                 }
                 for direction in directions
             ]

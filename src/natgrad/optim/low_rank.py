@@ -6,7 +6,6 @@ of the gradient has full rank and is preconditioned apart.
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 

@@ -76,4 +76,6 @@ class Subsets:
 
     def rows(self, batch: int) -> tuple[int, int]:
         """How many rows of a batch serve the factors, and how many F Δ and ρ."""
-        return tuple(min(batch, max(self.minimum, math.ceil(share * batch))) for share in (self.factors, self.curvature))
+        return tuple(
+            min(batch, max(self.minimum, math.ceil(share * batch))) for share in (self.factors, self.curvature)
+        )
