@@ -40,6 +40,17 @@ def check_expectation(likelihood: Likelihood, expectation: str, targets: Any, sa
         )
 
 
+def validate_targets(likelihood: Likelihood, z: Tensor, targets: Any) -> None:
+    """Refuse impossible targets: the likelihood's cheap checks everywhere, those that read values on the CPU.
+
+    Raises:
+        ValueError: as the likelihood's ``check`` and ``validate``.
+    """
+    check = getattr(likelihood, "validate" if z.device.type == "cpu" else "check", None)
+    if targets is not None and check is not None:
+        check(z, targets)
+
+
 def cotangents(
     likelihood: Likelihood,
     z: Float[Tensor, "batch ..."],
@@ -129,9 +140,9 @@ def _curvature_weight(likelihood: Likelihood, z: Tensor, targets: Any, weight: T
     known = getattr(likelihood, "curvature_weight", None)
     if known is not None:
         return known(z, targets, weight=weight)
-    if weight is None:
-        return None
-    return weight.reshape(*weight.shape, *[1] * (z.ndim - weight.ndim))
+    if weight is not None:
+        raise ValueError(f"weight: {type(likelihood).__name__} has no curvature_weight(z, y, weight) that could use it")
+    return None
 
 
 def _derivative(likelihood: Likelihood, z: Tensor, targets: Any, weight: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.curvature.base import LayerSums, Statistics, kron
-from natgrad.curvature.cotangents import check_expectation, cotangents
+from natgrad.curvature.cotangents import check_expectation, cotangents, validate_targets
 from natgrad.curvature.kfac import output_gradients, trainable_parts
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.factors import flatten_rows, second_moment, with_ones
@@ -48,6 +48,7 @@ def collect_dense(
     with view.curvature_pass(), view.snapshot():
         with torch.enable_grad(), capture.record() as record:
             z = view(x)
+        validate_targets(likelihood, z.detach(), y)
         stacks = cotangents(
             likelihood,
             z.detach(),

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.curvature.base import Diagonal, Factors, LayerSums, Statistics, factors_from, to_dense
-from natgrad.curvature.cotangents import check_expectation, cotangents, fisher_diagonal
+from natgrad.curvature.cotangents import check_expectation, cotangents, fisher_diagonal, validate_targets
 from natgrad.curvature.inverse import (
     BlockInverse,
     Eigenbasis,
@@ -61,6 +61,7 @@ def collect(
         with torch.enable_grad(), capture.record() as record:
             z = view(x)
         check_captured(record, z)
+        validate_targets(likelihood, z.detach(), y)
         return statistics_from(
             record,
             z,
