@@ -1,9 +1,10 @@
 """Natural-gradient and Gauss-Newton training for PyTorch models.
 
-`import natgrad as ng`. The library depends on PyTorch, plus a typing library for tensor shapes. Data sets, races between
-optimisers and the command line live beside it in `natgrad_lab`.
+`import natgrad as ng`. The library depends on PyTorch, plus a typing library for tensor shapes. Data sets, races
+between optimisers and the command line live beside it in `natgrad_lab`.
 """
 
+from natgrad import training
 from natgrad.curvature.fisher import kronecker_fisher
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
@@ -18,6 +19,7 @@ from natgrad.operators.autodiff import (
     Jacobian,
 )
 from natgrad.optim.kfac import KFAC
+from natgrad.optim.nesterov import NesterovSGD
 from natgrad.optim.settings import Damping, Periods, StepGuard, Subsets
 
 __version__ = "0.1.0"
@@ -39,6 +41,7 @@ __all__ = [
     "Jacobian",
     "LevenbergMarquardt",
     "Likelihood",
+    "NesterovSGD",
     "Periods",
     "Poisson",
     "StepGuard",
@@ -46,4 +49,5 @@ __all__ = [
     "__version__",
     "kronecker_fisher",
     "likelihood_of",
+    "training",
 ]
