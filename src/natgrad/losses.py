@@ -26,7 +26,8 @@ def likelihood_of(loss: nn.Module) -> Likelihood:
 
     ``MSELoss`` → :class:`Gaussian` of variance ½; ``BCEWithLogitsLoss`` (with ``weight``, ``pos_weight``) and
     ``MultiLabelSoftMarginLoss`` → :class:`Bernoulli`; ``CrossEntropyLoss`` (classes in dimension 1; ``weight``,
-    ``ignore_index``, ``label_smoothing``, probabilities as targets) → :class:`Categorical`; ``PoissonNLLLoss`` → :class:`Poisson`.
+    ``ignore_index``, ``label_smoothing``, probabilities as targets) → :class:`Categorical`; ``PoissonNLLLoss`` →
+    :class:`Poisson`.
 
     Args:
         loss: an instance, with ``reduction="mean"`` or ``"sum"``.
@@ -62,8 +63,8 @@ def _bernoulli(loss: nn.BCEWithLogitsLoss) -> Bernoulli:
 def _multi_label(loss: nn.MultiLabelSoftMarginLoss) -> Bernoulli:
     if loss.reduction == "sum":
         raise ValueError(
-            "likelihood_of: MultiLabelSoftMarginLoss(reduction='sum') averages over the classes and sums over the examples; use "
-            "reduction='mean', or BCEWithLogitsLoss(reduction='sum')"
+            "likelihood_of: MultiLabelSoftMarginLoss(reduction='sum') averages over the classes and sums over the "
+            "examples; use reduction='mean', or BCEWithLogitsLoss(reduction='sum')"
         )
     return Bernoulli("element", weight=loss.weight)
 

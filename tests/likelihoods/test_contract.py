@@ -131,7 +131,7 @@ class TestPoisson(_BuiltIn):
 
 
 class Geometric:
-    """``p(y | z) = σ(z)^y σ(−z)``: the number of successes before the first failure. The protocol's five methods alone."""
+    """``p(y | z) = σ(z)^y σ(−z)``: successes before the first failure. The protocol's five methods alone."""
 
     def nll(self, z: Tensor, y: Tensor, *, weight: Tensor | None = None, count: Any = None) -> Tensor:
         terms = -y * torch.nn.functional.logsigmoid(z) - torch.nn.functional.logsigmoid(-z)
@@ -196,5 +196,5 @@ def test_protocol_refuses_an_incomplete_class() -> None:
             return z.sum()
 
     assert not isinstance(Incomplete(), ng.Likelihood)
-    with pytest.raises(TypeError, match="count and fisher_product.*Incomplete"):
+    with pytest.raises(TypeError, match="Incomplete, which lacks count, fisher_product"):
         ng.Fisher(torch.nn.Linear(2, 2), Incomplete(), torch.zeros(1, 2))

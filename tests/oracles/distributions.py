@@ -14,7 +14,7 @@ Outcomes = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Twin:
-    """`nll(z, y)` is summed over all targets; `outcomes(z)` lists the targets of one example; `mean(z)` is E[y] or p."""
+    """`nll(z, y)` is summed over all targets; `outcomes(z)` lists one example's targets; `mean(z)` is E[y] or p."""
 
     nll: Callable[[Tensor, Tensor], Tensor]
     outcomes: Outcomes
@@ -86,7 +86,7 @@ def poisson(largest: int = 60) -> Twin:
 
 
 def scores(twin: Twin, z: Tensor) -> tuple[Tensor, Tensor]:
-    """For one example z (a batch of one): probabilities [K] and the gradients in z of every outcome, ``[K, z.numel()]``."""
+    """For one example z (a batch of one): probabilities [K] and the gradient in z of every outcome, ``[K, D]``."""
     p, y = twin.outcomes(z)
     repeated = z.detach().expand(len(p), *z.shape[1:]).clone().requires_grad_()
     (gradient,) = torch.autograd.grad(twin.nll(repeated, y), repeated)

@@ -1,7 +1,7 @@
 """What a likelihood p(y | z) has to offer, and what the built-in ones share: weights, normalisers, checks of targets.
 
-``nll`` is the sum over targets divided by ``count``. Nothing else is divided: Fisher products, factors and scores are those of
-one example's own nll, and the library applies ``1/count`` in one place.
+``nll`` is the sum over targets divided by ``count``. Nothing else is divided: Fisher products, factors and scores are
+those of one example's own nll, and the library applies ``1/count`` in one place.
 """
 
 from abc import ABC, abstractmethod
@@ -19,9 +19,9 @@ Normalizer = Word["example", "element", "none"]
 class Likelihood(Protocol):
     """A user's own distribution with these methods works everywhere in the library.
 
-    Optional, looked up by name: ``needs_targets`` (the curvature depends on y), ``curvature_weight(z, y, weight)`` (what
-    multiplies F_R, broadcastable to z), ``fisher_diagonal(z)``, ``score(z, y)``, ``to_mean(z)``, ``mean_fisher_product(p, v)``
-    and ``validate(z, y)``.
+    Optional, looked up by name: ``needs_targets`` (the curvature depends on y), ``curvature_weight(z, y, weight)``
+    (what multiplies F_R, broadcastable to z), ``fisher_diagonal(z)``, ``score(z, y)``, ``to_mean(z)``,
+    ``mean_fisher_product(p, v)`` and ``validate(z, y)``.
     """
 
     def nll(self, z: Tensor, y: Any, *, weight: Tensor | None = None, count: Any = None) -> Tensor:
@@ -46,7 +46,7 @@ class Likelihood(Protocol):
 
 
 def score(likelihood: Likelihood, z: Float[Tensor, "batch ..."], y: Any) -> Float[Tensor, "batch ..."]:
-    """``d(Σ nll)/dz`` of the unweighted nll, for targets that the model drew: the likelihood's own or by differentiation."""
+    """``d(Σ nll)/dz`` of the unweighted nll, for integer or drawn targets: its own, or by differentiation."""
     own = getattr(likelihood, "score", None)
     if own is not None:
         return own(z, y)
@@ -60,8 +60,8 @@ class Normalised(ABC):
     """Sum over targets, divided by a count: what every built-in likelihood does.
 
     Args:
-        normalizer: ``"example"`` divides by dimension 0 of z, ``"element"`` by the number of targets that count (those whose
-            weight is not zero), ``"none"`` by 1.
+        normalizer: ``"example"`` divides by dimension 0 of z, ``"element"`` by the number of targets that count (those
+            whose weight is not zero), ``"none"`` by 1.
     """
 
     normalizers: tuple[str, ...] = get_args(Normalizer)
@@ -126,8 +126,14 @@ class Normalised(ABC):
             raise ValueError(
                 f"targets: expected shape {tuple(z.shape)}, that of the model's output z; got {tuple(y.shape)}"
             )
-        if not y.is_floating_point() and y.dtype != torch.bool:
-            raise ValueError(f"targets: {type(self).__name__} expects floating-point targets like z; got {y.dtype}")
+        if not self.accepts(y.dtype):
+            raise ValueError(
+                f"targets: {type(self).__name__} expects floating-point targets; got {y.dtype}; use y.to(z.dtype)"
+            )
+
+    def accepts(self, dtype: torch.dtype) -> bool:
+        """Whether targets may have this dtype."""
+        return dtype.is_floating_point
 
     def validate(self, z: Tensor, y: Any) -> None:
         """:meth:`check`, and whether the values of y are possible; waits for the device."""
@@ -148,12 +154,47 @@ def check_pair(name: str, z: Tensor, y: Any) -> None:
         raise ValueError(f"targets: on {y.device}, the model's output on {z.device}; move one")
 
 
+def own_weight(name: str, weight: Tensor | None) -> Tensor | None:
+    """A weight that a likelihood is made with: a tensor without negative values, or None.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: a value is negative: the curvature would have no square root.
+    """
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {type(weight).__name__}")
+    if bool((weight < 0).any()):
+        raise ValueError(f"{name}: expected weights of at least 0; got {weight.min().item():g}")
+    return weight
+
+
+def trailing_weight(name: str, weight: Tensor | None, z: Tensor) -> Tensor | None:
+    """A likelihood's own weight with z's dtype and device.
+
+    Raises:
+        ValueError: it does not broadcast to z, last dimensions matched first.
+    """
+    if weight is None:
+        return None
+    trailing = z.shape[max(z.ndim - weight.ndim, 0) :]
+    if weight.ndim > z.ndim or any(w not in (1, n) for w, n in zip(weight.shape, trailing, strict=True)):
+        raise ValueError(f"{name}: shape {tuple(weight.shape)} does not broadcast to z's shape {tuple(z.shape)}")
+    return weight.to(z)
+
+
 def expand_weight(weight: Tensor, like: Tensor) -> Tensor:
     """A weight with trailing dimensions added, so that its leading dimensions are those of the targets.
 
     Raises:
-        ValueError: it does not broadcast to the targets.
+        TypeError: it is no tensor.
+        ValueError: it does not broadcast to the targets, or is on another device.
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+    if weight.device != like.device:
+        raise ValueError(f"weight: on {weight.device}, the model's output on {like.device}; move one")
     expanded = weight.reshape(*weight.shape, *[1] * (like.ndim - weight.ndim))
     if expanded.ndim > like.ndim or any(w not in (1, n) for w, n in zip(expanded.shape, like.shape, strict=True)):
         raise ValueError(f"weight: shape {tuple(weight.shape)} does not fit targets of shape {tuple(like.shape)}")

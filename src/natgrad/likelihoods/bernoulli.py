@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from natgrad.likelihoods.base import Normalised, diagonal_factor
+from natgrad.likelihoods.base import Normalised, diagonal_factor, own_weight, trailing_weight
 
 
 class Bernoulli(Normalised):
@@ -13,16 +13,21 @@ class Bernoulli(Normalised):
 
     Args:
         normalizer: ``"example"``, ``"element"`` or ``"none"``.
-        pos_weight: multiplies the term of y = 1, broadcast to the trailing dimensions of z. The curvature then depends on y: it
-            is multiplied by ``1 + (pos_weight − 1) y``.
+        pos_weight: multiplies the term of y = 1, broadcast to the trailing dimensions of z. The curvature then depends
+            on y: it is multiplied by ``1 + (pos_weight − 1) y``.
         weight: multiplies every target's nll, broadcast to the trailing dimensions of z; does not change the count.
+
+    Raises:
+        TypeError: a weight is no tensor.
+        ValueError: a weight is negative, or an unknown normaliser.
     """
 
     def __init__(
         self, normalizer: str = "example", *, pos_weight: Tensor | None = None, weight: Tensor | None = None
     ) -> None:
         super().__init__(normalizer)
-        self.pos_weight, self.weight = pos_weight, weight
+        self.pos_weight = own_weight("pos_weight", pos_weight)
+        self.weight = own_weight("weight", weight)
 
     def __repr__(self) -> str:
         return f"Bernoulli(normalizer={self.normalizer!r})"
@@ -35,7 +40,11 @@ class Bernoulli(Normalised):
     def losses(self, z: Tensor, y: Tensor) -> Tensor:
         """``−pos_weight y log σ(z) − (1 − y) log σ(−z)``, times weight, per output."""
         return nn.functional.binary_cross_entropy_with_logits(
-            z, y.to(z.dtype), weight=self.weight, pos_weight=self.pos_weight, reduction="none"
+            z,
+            y.to(z.dtype),
+            weight=trailing_weight("weight", self.weight, z),
+            pos_weight=trailing_weight("pos_weight", self.pos_weight, z),
+            reduction="none",
         )
 
     def curvature_weight(self, z: Tensor, y: Tensor | None = None, weight: Tensor | None = None) -> Tensor | None:
@@ -45,22 +54,28 @@ class Bernoulli(Normalised):
             ValueError: there is a ``pos_weight`` and y is not given.
         """
         total = super().curvature_weight(z, y, weight)
-        if self.weight is not None:
-            own = self.weight.to(z.dtype).expand_as(z)
-            total = own if total is None else total * own
-        if self.pos_weight is not None:
+        own = trailing_weight("weight", self.weight, z)
+        if own is not None:
+            total = own.expand_as(z) if total is None else total * own
+        of_positives = trailing_weight("pos_weight", self.pos_weight, z)
+        if of_positives is not None:
             if y is None:
                 raise ValueError("Bernoulli(pos_weight=...): the curvature depends on the targets; pass y=")
-            positive = 1 + (self.pos_weight - 1) * y.to(z.dtype)
+            self.check(z, y)
+            positive = 1 + (of_positives - 1) * y.to(z.dtype)
             total = positive if total is None else total * positive
         return total
+
+    def accepts(self, dtype: torch.dtype) -> bool:
+        """Floating point and bool."""
+        return dtype.is_floating_point or dtype == torch.bool
 
     def validate(self, z: Tensor, y: Tensor) -> None:
         """Targets are in [0, 1] (NaN is left to the optimisers, which skip such a batch)."""
         super().validate(z, y)
         if y.dtype != torch.bool and bool(((y < 0) | (y > 1)).any()):
             raise ValueError(
-                f"targets: Bernoulli expects values in [0, 1]; got values from {y.min().item():g} to {y.max().item():g} "
+                f"targets: Bernoulli expects values in [0, 1]; got {y.min().item():g} to {y.max().item():g} "
                 "(scale images to [0, 1], or use Gaussian for real values)"
             )
 
@@ -71,7 +86,7 @@ class Bernoulli(Normalised):
 
     def score(self, z: Tensor, y: Tensor) -> Tensor:
         """``σ(z) − y``."""
-        return torch.sigmoid(z) - y
+        return torch.sigmoid(z) - y.to(z.dtype)
 
     def fisher_product(self, z: Tensor, v: Tensor) -> Tensor:
         """``σ(z) (1 − σ(z)) v``."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.likelihoods.base import Normalised, check_pair, expand_weight
+from natgrad.likelihoods.base import Normalised, check_pair, expand_weight, own_weight
 
 
 class Categorical(Normalised):
@@ -14,13 +14,18 @@ class Categorical(Normalised):
     Targets are integers shaped like z without its class dimension, or probabilities shaped like z.
 
     Args:
-        normalizer: ``"example"``, ``"element"`` (targets that are not ignored), ``"none"``, or ``"weighted"``: the sum of the class
-            weights of the targets that are not ignored, as ``nn.CrossEntropyLoss`` divides.
+        normalizer: ``"example"``, ``"element"`` (targets that are not ignored), ``"none"``, or ``"weighted"``: the sum
+            of the class weights of the targets that are not ignored, as ``nn.CrossEntropyLoss`` divides.
         class_weight: one factor per class. The curvature then depends on y.
-        ignore_index: targets of this value do not count. The curvature then depends on y; the value −100 that PyTorch ignores
-            by default is honoured where y is given and assumed absent where it is not.
+        ignore_index: targets of this value do not count. The curvature then depends on y; the value −100 that PyTorch
+            ignores by default is honoured where y is given and assumed absent where it is not.
         label_smoothing: ε in the target ``(1 − ε) onehot + ε / classes``.
         class_dim: the dimension of z that holds the classes.
+
+    Raises:
+        TypeError: ``class_weight`` is no tensor.
+        ValueError: a class weight is negative, label_smoothing is not in [0, 1], the classes are in dimension 0, or an
+            unknown normaliser.
     """
 
     normalizers = (*Normalised.normalizers, "weighted")
@@ -41,7 +46,7 @@ class Categorical(Normalised):
             raise ValueError(
                 "Categorical(class_dim=0): dimension 0 holds the examples; expected another dimension of z"
             )
-        self.class_weight, self.ignore_index = class_weight, ignore_index
+        self.class_weight, self.ignore_index = own_weight("class_weight", class_weight), ignore_index
         self.label_smoothing, self.class_dim = label_smoothing, class_dim
 
     def __repr__(self) -> str:
@@ -58,7 +63,7 @@ class Categorical(Normalised):
             return nn.functional.cross_entropy(
                 z.movedim(self.class_dim, 1),
                 y.movedim(self.class_dim, 1) if y.is_floating_point() else y,
-                weight=self.class_weight,
+                weight=None if self.class_weight is None else self.class_weight.to(z),
                 ignore_index=self.ignore_index,
                 label_smoothing=self.label_smoothing,
                 reduction="none",
@@ -86,6 +91,8 @@ class Categorical(Normalised):
         Raises:
             ValueError: the count depends on y, and y is not given.
         """
+        if y is not None:
+            self.check(z, y)
         if self.normalizer != "weighted":
             if self.normalizer == "element" and y is None and self.needs_targets:
                 raise ValueError("Categorical: the number of targets that count depends on them; pass y=")
@@ -96,7 +103,7 @@ class Categorical(Normalised):
             return self.elements(z, y, weight).to(z.dtype)
         of_target = (y != self.ignore_index).to(z.dtype)
         if self.class_weight is not None:
-            of_target = of_target * self.class_weight.to(z.dtype)[y.clamp(min=0, max=z.shape[self.class_dim] - 1)]
+            of_target = of_target * self.class_weight.to(z)[y.clamp(min=0, max=len(self.class_weight) - 1)]
         if weight is not None:
             of_target = of_target * expand_weight(weight, of_target)
         return of_target.sum()
@@ -112,27 +119,21 @@ class Categorical(Normalised):
         like = z.select(self.class_dim, 0)
         total = None if weight is None else expand_weight(weight, like).to(z.dtype).expand_as(like)
         if y is not None:
+            self.check(z, y)
             own = self._target_weight(z, y)
             total = own if total is None else total if own is None else total * own
-        return (
-            None
-            if total is None
-            else total.unsqueeze(self.class_dim if self.class_dim >= 0 else z.ndim + self.class_dim)
-        )
+        return None if total is None else total.unsqueeze(self._classes(z))
 
     def _target_weight(self, z: Tensor, y: Tensor) -> Tensor | None:
-        classes = self.class_weight
+        classes = None if self.class_weight is None else self.class_weight.to(z)
         if y.is_floating_point():
             if classes is None:
                 return None
-            smoothed = (1 - self.label_smoothing) * y.movedim(self.class_dim, -1) + self.label_smoothing / z.shape[
-                self.class_dim
-            ]
-            return smoothed.to(z.dtype) @ classes.to(z.dtype)
+            smoothing = self.label_smoothing / len(classes)
+            return ((1 - self.label_smoothing) * y.to(z.dtype).movedim(self.class_dim, -1) + smoothing) @ classes
         kept = y != self.ignore_index
         if classes is None:
             return kept.to(z.dtype)
-        classes = classes.to(z.dtype)
         of_target = classes[y.clamp(min=0, max=len(classes) - 1)]
         return kept * ((1 - self.label_smoothing) * of_target + self.label_smoothing * classes.mean())
 
@@ -141,9 +142,21 @@ class Categorical(Normalised):
         check_pair("Categorical", z, y)
         if z.ndim < 2:
             raise ValueError(f"z: Categorical expects [batch, ..., classes], got shape {tuple(z.shape)}")
+        if not -z.ndim < self.class_dim < z.ndim:
+            raise ValueError(
+                f"z: shape {tuple(z.shape)} has no class dimension {self.class_dim} behind the examples in dimension 0"
+            )
+        classes = z.shape[self.class_dim]
+        if self.class_weight is not None and self.class_weight.shape != (classes,):
+            raise ValueError(
+                f"class_weight: expected shape ({classes},), one factor per class in z; "
+                f"got {tuple(self.class_weight.shape)}"
+            )
         if y.is_floating_point() and y.shape == z.shape:
+            if self.ignore_index >= 0:
+                raise ValueError("targets: ignore_index is for integer classes; got probabilities")
             return
-        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        if y.dtype != torch.int64:
             raise ValueError(f"targets: Categorical expects integer classes (torch.long), got {y.dtype}; use y.long()")
         expected = z.select(self.class_dim, 0).shape
         if y.shape != expected:
@@ -154,12 +167,23 @@ class Categorical(Normalised):
             )
 
     def validate(self, z: Tensor, y: Any) -> None:
-        """Classes are in range."""
+        """Classes are in range; probabilities are not negative and sum to 1 (NaN is left to the optimisers)."""
         super().validate(z, y)
-        if not y.is_floating_point():
+        if y.is_floating_point():
+            excess = (y.sum(self.class_dim) - 1).abs().max().item()
+            if excess > 1e-2 or bool((y < 0).any()):
+                raise ValueError(
+                    "targets: Categorical expects probabilities that sum to 1 over the classes, or integer classes; "
+                    f"got values from {y.min().item():g} to {y.max().item():g} whose sums are off by up to {excess:g}"
+                )
+        else:
             wrong = ((y < 0) | (y >= z.shape[self.class_dim])) & (y != self.ignore_index)
             if bool(wrong.any()):
                 raise ValueError(f"targets: found class {y[wrong][0].item()}; {self._expected_range(z)}")
+
+    def _classes(self, z: Tensor) -> int:
+        """The class dimension, counted from the front."""
+        return self.class_dim % z.ndim
 
     def _expected_range(self, z: Tensor) -> str:
         return f"expected classes from 0 to {z.shape[self.class_dim] - 1}, the size of z's class dimension"
@@ -172,7 +196,7 @@ class Categorical(Normalised):
 
     def score(self, z: Tensor, y: Tensor) -> Tensor:
         """``softmax(z) − onehot(y)``."""
-        dim = self.class_dim if self.class_dim >= 0 else z.ndim + self.class_dim
+        dim = self._classes(z)
         p = torch.softmax(z, dim)
         return p.scatter_add(dim, y.unsqueeze(dim), torch.full_like(p.narrow(dim, 0, 1), -1.0))
 

@@ -7,7 +7,9 @@ from natgrad.likelihoods.base import Normalised, diagonal_factor
 
 
 class Gaussian(Normalised):
-    r"""``y ~ N(z, variance · I)``: ``nll = ½ ‖y − z‖² / variance``, constants dropped; ``F_R = I / variance`` [NATGRAD, eq. 9].
+    r"""``y ~ N(z, variance · I)``: squared error.
+
+    ``nll = ½ ‖y − z‖² / variance``, constants dropped; ``F_R = I / variance`` [NATGRAD, eq. 9].
 
     Args:
         variance: of every output.

@@ -20,6 +20,10 @@ class Poisson(Normalised):
         """``exp(z) − y z``, per output."""
         return z.exp() - y * z
 
+    def accepts(self, dtype: torch.dtype) -> bool:
+        """Floating point and integers."""
+        return not dtype.is_complex and dtype != torch.bool
+
     def validate(self, z: Tensor, y: Tensor) -> None:
         """Counts are not negative."""
         super().validate(z, y)

@@ -62,5 +62,6 @@ def check_likelihood(likelihood: Any) -> None:
     if missing or isinstance(likelihood, type):
         what = f"the class {likelihood.__name__}" if isinstance(likelihood, type) else type(likelihood).__name__
         raise TypeError(
-            f"likelihood: expected an object like natgrad.Categorical(), with nll, count and fisher_product; got {what}"
+            f"likelihood: expected an object like natgrad.Categorical(), with nll, count and fisher_product; got "
+            f"{what}" + (f", which lacks {', '.join(missing)}" if missing else "")
         )
