@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from natgrad import Bernoulli, Gaussian
 from torch import Tensor, nn
 
+from natgrad import Bernoulli, Gaussian
 from natgrad_lab import files, generate, models
 from natgrad_lab.files import DataError
 
@@ -66,7 +66,8 @@ def load(
             environment variable NATGRAD_DATA names, else scikit-learn downloads them.
         dtype: Of the pixels.
         seed: Of what is random in the data: the curves, the split of the digits, the face patches.
-        train, test: How many cases at most: evenly spaced ones, since FACES are ordered by person.
+        train: How many training cases at most: evenly spaced ones, since FACES are ordered by person.
+        test: The same for the test cases.
 
     Raises:
         DataError: an unknown task, a size below 1, missing files, a wrong checksum, or a failed download; a

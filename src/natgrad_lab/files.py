@@ -65,8 +65,8 @@ def read_verified(path: Path) -> bytes:
     got, expected = hashlib.sha256(content).hexdigest(), SHA256[path.name]
     if got != expected:
         raise DataError(
-            f"the data file {path} is corrupt or not the original: its SHA-256 is {got} ({len(content)} bytes), expected "
-            f"{expected}; delete it and copy or download it again"
+            f"the data file {path} is corrupt or not the original: its SHA-256 is {got} ({len(content)} bytes), "
+            f"expected {expected}; delete it and copy or download it again"
         )
     return content
 

@@ -62,7 +62,8 @@ def natural_spline(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
     y = (y_i w + y_{i+1} u) / h - M h² (r - r³) / 6, where r = u / h on the left piece and w / h on the right one.
 
     Args:
-        x, y: [n, 3], x increasing.
+        x: [n, 3], increasing.
+        y: [n, 3].
         t: [n, k], within [x_0, x_2].
 
     Returns:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from natgrad.training import sparse_init_
 from torch import nn
+
+from natgrad.training import sparse_init_
 
 Activation = Literal["tanh", "sigmoid"]
 

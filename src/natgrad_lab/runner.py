@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from natgrad.training import IterateAverage
 from torch import Tensor, nn
 
+from natgrad.training import IterateAverage
+from natgrad_lab import data
 from natgrad_lab.optimizers import Competitor
 from natgrad_lab.records import Evaluation
 
-XI = 0.99  # of the running average theta_bar <- xi theta_bar + (1 - xi) theta: [KFAC, sec. 13]
+XI = 0.99  # of the running average theta_bar <- xi theta_bar + (1 - xi) theta [KFAC, sec. 13]
 SUBSET = 2000  # training and test cases of an evaluation during the run; the final one takes all
 EVALUATION_CHUNK = 1000
 
@@ -99,14 +100,14 @@ class Batches:
 
 @torch.no_grad()
 def reconstruction_error(model: nn.Module, likelihood: Any, x: Tensor, y: Tensor) -> float:
-    """Mean over cases of sum_j (E[y_j | z] - y_j)^2, the papers' error of an autoencoder, in float64 sums."""
+    """`data.reconstruction_error` of a model in evaluation mode, in chunks."""
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     training = model.training
     model.eval()
     try:
         for start in range(0, len(x), EVALUATION_CHUNK):
             rows = slice(start, start + EVALUATION_CHUNK)
-            total += (likelihood.to_mean(model(x[rows])) - y[rows]).square_().sum(dtype=torch.float64)
+            total += len(x[rows]) * data.reconstruction_error(likelihood, model(x[rows]), y[rows])
     finally:
         model.train(training)
     return float(total) / len(x)

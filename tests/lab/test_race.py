@@ -81,14 +81,14 @@ def test_better_of_iterate_and_average_is_chosen_on_training_data_alone() -> Non
     assert e.test_error == reconstruction_error(model, task.likelihood, task.x_test, task.x_test)
 
 
-def test_running_average_is_the_papers() -> None:
+def test_running_average_has_the_papers_decay_after_a_plain_mean() -> None:
     task = tiny_task()
     runner = Runner(optimizers.make("sgd", task, task.make_model()), task)
-    runner.advance()
-    expected = runner.competitor.model[0].weight.detach().clone()  # begins with the first iterate
-    for _ in range(3):
+    expected = torch.zeros_like(runner.competitor.model[0].weight)
+    for k in range(1, 121):
         runner.advance()
-        expected = 0.99 * expected + 0.01 * runner.competitor.model[0].weight.detach()
+        xi = min(1 - 1 / k, 0.99)
+        expected = xi * expected + (1 - xi) * runner.competitor.model[0].weight.detach()
     assert torch.allclose(runner.average.module[0].weight, expected, rtol=0, atol=1e-6)
 
 

@@ -7,10 +7,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 class IterateAverage(AveragedModel):
     """The average θ̄_k = ξ_k θ̄_{k-1} + (1 - ξ_k) θ_k with ξ_k = min(1 - 1/k, ξ) [KFAC, sec. 13].
 
-    The plain mean of the first 1/(1-ξ) iterates, then an exponentially decayed one: the start of training is forgotten
-    as fast as ξ allows. Call `update_parameters(model)` after each update; `module` is a copy of the model that holds
-    θ̄ (the initial parameters before the first update), ready to be evaluated. Buffers are those of the latest iterate.
-    The papers report the better of θ and θ̄ on the training data.
+    The plain mean of the first 1/(1-ξ) iterates, then an exponentially decayed one. (The paper has a constant ξ and
+    does not say how its average starts; this ramp, which it uses for A and G, keeps the first iterate from counting
+    more than those after it.) Call `update_parameters(model)` after each update; `module` is a copy of the model that
+    holds θ̄ (the initial parameters before the first update), ready to be evaluated. Buffers are those of the latest
+    iterate. The papers report the better of θ and θ̄ on the training data.
 
     A `torch.optim.swa_utils.AveragedModel`: `state_dict` and `load_state_dict` save and restore it, and
     `torch.optim.swa_utils.update_bn` recomputes batch-norm statistics for θ̄.
