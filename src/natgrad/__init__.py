@@ -20,7 +20,10 @@ from natgrad.operators.autodiff import (
 )
 from natgrad.optim.kfac import KFAC
 from natgrad.optim.nesterov import NesterovSGD
-from natgrad.optim.settings import Damping, Periods, StepGuard, Subsets
+from natgrad.optim.preconditioned import Preconditioned
+from natgrad.optim.preconditioner import Preconditioner
+from natgrad.optim.scaling import KLClip
+from natgrad.optim.settings import Damping, Periods, Renewal, StepGuard, Subsets
 
 __version__ = "0.1.0"
 
@@ -39,11 +42,15 @@ __all__ = [
     "GreedyGamma",
     "Hessian",
     "Jacobian",
+    "KLClip",
     "LevenbergMarquardt",
     "Likelihood",
     "NesterovSGD",
     "Periods",
     "Poisson",
+    "Preconditioned",
+    "Preconditioner",
+    "Renewal",
     "StepGuard",
     "Subsets",
     "__version__",

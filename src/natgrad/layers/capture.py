@@ -88,11 +88,7 @@ class Record:
         batched: bool = False,
     ) -> tuple[dict[str, list[Tensor]], list[Tensor | None]]:
         """As :meth:`output_gradients`, and in the same pass the gradients of parameters (None where z has none)."""
-        if self._untracked and _uses_reentrant_checkpoint(z):
-            raise RuntimeError(
-                f"{', '.join(sorted(self._untracked))}: called inside torch.utils.checkpoint with use_reentrant=True, "
-                "which hides the layer's output from the graph; pass use_reentrant=False to checkpoint()"
-            )
+        self.refuse_hidden(z)
         parameters = list(parameters)
         edges = [call.edge for calls in self._calls.values() for call in calls if call.edge is not None]
         wanted: Sequence[Any] = [*edges, *parameters]
@@ -110,6 +106,33 @@ class Record:
                     _or_zeros(next(remaining) if call.edge is not None else None, call, batch) for call in calls
                 ]
         return gradients, list(remaining)
+
+    def refuse_hidden(self, z: Tensor) -> None:
+        """Refuse layers whose output does not appear in the graph of z although z depends on it.
+
+        Raises:
+            RuntimeError: a layer ran inside reentrant activation checkpointing; it is named.
+        """
+        if self._untracked and _uses_reentrant_checkpoint(z):
+            raise RuntimeError(
+                f"{', '.join(sorted(self._untracked))}: called inside torch.utils.checkpoint with use_reentrant=True, "
+                "which hides the layer's output from the graph; pass use_reentrant=False to checkpoint()"
+            )
+
+    def take(self, z: Tensor) -> "Record":
+        """The calls that z depends on, as a record of their own; they leave this one."""
+        taken, graph = Record(self.layers), _graph(z)
+        for name, calls in self._calls.items():
+            taken._calls[name] = [call for call in calls if call.edge is not None and call.edge.node in graph]
+            self._calls[name] = [call for call in calls if call.edge is None or call.edge.node not in graph]
+        taken._untracked |= self._untracked
+        return taken
+
+    def extend(self, other: "Record") -> None:
+        """Add the calls of another record of the same layers, in order."""
+        for name, calls in other._calls.items():
+            self._calls[name].extend(calls)
+        self._untracked |= other._untracked
 
     def _add(self, name: str, a: Tensor, output: Tensor) -> None:
         edge = get_gradient_edge(output) if output.requires_grad else None
@@ -149,17 +172,34 @@ class Capture:
         Raises:
             RuntimeError: this capture is recording already.
         """
-        if self._record is not None:
-            raise RuntimeError("this capture is recording already: leave the outer record() first")
-        record = Record(self.layers)
-        self._record = record
+        record = self.start()
         try:
             yield record
         except BaseException:
             record._clear()
             raise
         finally:
-            self._record = None
+            self.stop()
+
+    @property
+    def recording(self) -> bool:
+        """Whether calls are being recorded now."""
+        return self._record is not None
+
+    def start(self) -> Record:
+        """Record from now on, for callers that cannot use a block; :meth:`stop` ends it.
+
+        Raises:
+            RuntimeError: this capture is recording already.
+        """
+        if self._record is not None:
+            raise RuntimeError("this capture is recording already: leave the outer record() first")
+        self._record = Record(self.layers)
+        return self._record
+
+    def stop(self) -> None:
+        """End what :meth:`start` began."""
+        self._record = None
 
     def remove(self) -> None:
         """Take the hooks off the layers; happens by itself when the capture is garbage."""
@@ -220,14 +260,16 @@ def _or_zeros(g: Tensor | None, call: _Call, batch: Sequence[int]) -> Tensor:
 
 def _uses_reentrant_checkpoint(z: Tensor) -> bool:
     """Whether the graph of z holds a reentrant checkpoint, under which layers run without a graph of their own."""
+    return any(node.name() == "CheckpointFunctionBackward" for node in _graph(z))
+
+
+def _graph(z: Tensor) -> set[Any]:
+    """The nodes of the graph that computed z."""
     seen: set[Any] = set()
     todo = [z.grad_fn]
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        seen.add(node)
-        todo.extend(parent for parent, _ in node.next_functions)
-    return False
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo.extend(parent for parent, _ in node.next_functions)
+    return seen

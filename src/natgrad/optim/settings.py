@@ -55,6 +55,27 @@ class Periods:
 
 
 @dataclass(frozen=True)
+class Renewal(Periods):
+    """How often a `Preconditioner` renews what, in optimiser steps; the steps in ``early`` renew everything.
+
+    Args:
+        inverses: as in :class:`Periods`.
+        early: as in :class:`Periods`.
+        statistics: the factors are estimated anew every so many steps.
+    """
+
+    statistics: int = 1
+
+    def __post_init__(self) -> None:
+        if self.inverses < 1 or self.statistics < 1:
+            raise ValueError(f"{self}: expected inverses >= 1 and statistics >= 1, numbers of steps")
+
+    def observes(self, step: int) -> bool:
+        """Whether statistics are due at this step (counted from 1)."""
+        return step % self.statistics == 0 or step in self.early
+
+
+@dataclass(frozen=True)
 class Subsets:
     """Which share of a batch's rows is used for what [KFAC, sec. 8].
 

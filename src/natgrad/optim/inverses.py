@@ -1,0 +1,97 @@
+"""The damped inverses in use: renewed now and then, kept where a factorisation fails."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.curvature.base import Factors
+from natgrad.curvature.inverse import BlockInverse, Eigenbasis, ExactInverse, FactoredInverse, eigenbasis, invert_block
+from natgrad.damping import ExactTikhonov, FactoredTikhonov
+
+Tikhonov = ExactTikhonov | FactoredTikhonov
+
+
+class LayerInverses:
+    """Every covered layer's last good inverse.
+
+    Args:
+        form: how damping enters. ``ExactTikhonov`` keeps eigenbases: a new damping then needs no new decomposition.
+
+    Attributes:
+        failures: how many decompositions failed so far.
+    """
+
+    def __init__(self, form: Tikhonov) -> None:
+        self.form = form
+        self.failures = 0
+        self._kept: dict[str, Eigenbasis | FactoredInverse] = {}
+        self._exact: dict[str, tuple[float, ExactInverse]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._kept
+
+    def refresh(self, factors: Mapping[str, Factors], damping: float) -> None:
+        """Decompose anew; a layer whose decomposition fails keeps what it had."""
+        for name, block in factors.items():
+            exact = isinstance(self.form, ExactTikhonov)
+            new = eigenbasis(block) if exact else invert_block(block, damping, self.form)
+            if bool(new.ok):
+                self._kept[name] = new
+                self._exact.pop(name, None)
+            else:
+                self.failures += 1
+
+    def get(self, name: str, damping: float) -> BlockInverse | None:
+        """The inverse of a layer's damped block, or None where there has been no good one yet.
+
+        Args:
+            name: of the layer.
+            damping: used at once by the exact form; a factored inverse has that of its last refresh.
+        """
+        kept = self._kept.get(name)
+        if not isinstance(kept, Eigenbasis):
+            return kept
+        cached = self._exact.get(name)
+        if cached is None or cached[0] != damping:
+            self._exact[name] = cached = damping, ExactInverse(kept, damping)
+        return cached[1]
+
+    def state(self, name: str, columns: int, out: int, like: Tensor) -> dict[str, Tensor]:
+        """What a checkpoint needs of one layer; the shapes do not depend on whether there is an inverse yet."""
+        kept = self._kept.get(name)
+        flags = {"inverse_ready": torch.tensor(kept is not None)}
+        if isinstance(kept, Eigenbasis):
+            QA, QG, a, g = kept.QA, kept.QG, kept.a, kept.g
+            flags |= {"basis_A_known": torch.tensor(QA is not None), "basis_G_known": torch.tensor(QG is not None)}
+            QA = like.new_zeros(columns, columns) if QA is None else QA
+            return flags | {"QA": QA, "QG": like.new_zeros(out, out) if QG is None else QG, "a": a, "g": g}
+        if isinstance(self.form, ExactTikhonov):
+            flags |= {"basis_A_known": torch.tensor(False), "basis_G_known": torch.tensor(False)}
+            zeros = {"QA": (columns, columns), "QG": (out, out), "a": (columns,), "g": (out,)}
+            return flags | {key: like.new_zeros(shape) for key, shape in zeros.items()}
+        A, G = (like.new_zeros(columns, columns), like.new_zeros(out, out)) if kept is None else (kept.A, kept.G)
+        flags |= {"inverse_A_diagonal": torch.tensor(A.ndim == 1), "inverse_G_diagonal": torch.tensor(G.ndim == 1)}
+        return flags | {"inverse_A": _written_out(A), "inverse_G": _written_out(G)}
+
+    def load(self, name: str, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state`, on a state whose keys and shapes were checked."""
+        self._kept.pop(name, None)
+        self._exact.pop(name, None)
+        if not bool(state["inverse_ready"]):
+            return
+        if isinstance(self.form, ExactTikhonov):
+            QA, QG = (state[f"Q{x}"].clone() if bool(state[f"basis_{x}_known"]) else None for x in "AG")
+            a, g = state["a"].clone(), state["g"].clone()
+            self._kept[name] = Eigenbasis(QA, QG, a, g, torch.ones((), dtype=torch.bool, device=a.device))
+            return
+        A, G = (
+            (M.diagonal() if bool(state[f"inverse_{x}_diagonal"]) else M).clone()
+            for x, M in (("A", state["inverse_A"]), ("G", state["inverse_G"]))
+        )
+        self._kept[name] = FactoredInverse(A, G, torch.ones((), dtype=torch.bool, device=A.device))
+
+
+def _written_out(M: Tensor) -> Tensor:
+    return torch.diag(M) if M.ndim == 1 else M
