@@ -112,6 +112,7 @@ def statistics_from(
     batch = z.shape[0]
     rows = batch if rows is None else min(rows, batch)
     z_rows = z.detach()[:rows]
+    z_rows = z_rows.to(_accumulator(z.dtype))  # under autocast z has few digits: counts and sums would lose some
     if rows < batch:
         targets = None if targets is None else select_rows(targets, slice(0, rows))
         weight = weight[:rows] if weight is not None and weight.ndim and weight.shape[0] == batch else weight
@@ -140,7 +141,7 @@ def statistics_from(
         sums[name].G = vector.to(sums[name].A.dtype)
     count: Tensor | float = float(rows)
     if expectation != "empirical":
-        count = torch.as_tensor(likelihood.count(z_rows, targets, weight), dtype=z.dtype, device=z.device)
+        count = torch.as_tensor(likelihood.count(z_rows, targets, weight), dtype=z_rows.dtype, device=z.device)
     additive = expectation == "empirical" or getattr(likelihood, "normalizer", None) != "none"
     return Statistics(sums, float(rows), count, additive)
 
@@ -172,18 +173,24 @@ def check_captured(record: Record, z: Tensor) -> None:
 def input_sums(layer: nn.Module, inputs: list[Tensor], rows: int, batch: int) -> LayerSums:
     """``Σ ā āᵀ`` over the calls of a layer for the leading examples, with a G of zeros."""
     weight, bias = trainable_parts(layer)
+    dtype = _accumulator(layer.weight.dtype)
     total: Tensor | None = None
     used = 0.0
     for a in inputs:
         a, share = leading_examples(a, rows, batch)
-        moment = input_moment(a.to(layer.weight.dtype), weight, bias)
+        moment = input_moment(a.to(dtype), weight, bias)
         moment = moment if share == 1 else moment.mul_(share)
         total = moment if total is None else total.add_(moment)
         used += share * (a.numel() // a.shape[-1])
     out, columns = layer.weight.shape[0], layer.weight.shape[1] * weight + bias
     if total is None:
-        total = layer.weight.new_zeros(columns, columns)
+        total = layer.weight.new_zeros(columns, columns, dtype=dtype)
     return LayerSums(total, total.new_zeros(out, out), used)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over many rows: single precision at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _add_outputs(sums: LayerSums, gradients: list[Tensor], rows: int, batch: int) -> None:
@@ -210,6 +217,7 @@ def output_gradients(record: Record, z: Tensor, stack: Float[Tensor, "k rows ...
         whole = stack.new_zeros(stack.shape[0], *z.shape)
         whole[:, : stack.shape[1]] = stack
         stack = whole
+    stack = stack.to(z.dtype)
     if len(stack) > 1:
         try:
             found = record.output_gradients(z, stack, batched=True)

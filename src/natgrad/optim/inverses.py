@@ -29,8 +29,8 @@ class LayerInverses:
         self._kept: dict[str, Eigenbasis | FactoredInverse] = {}
         self._exact: dict[str, tuple[float, ExactInverse]] = {}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._kept
+    def __bool__(self) -> bool:
+        return bool(self._kept)
 
     def refresh(self, factors: Mapping[str, Factors], damping: float) -> None:
         """Decompose anew; a layer whose decomposition fails keeps what it had."""

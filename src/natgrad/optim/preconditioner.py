@@ -237,9 +237,11 @@ class Preconditioner:
             taken = self._running.update(factors_from(self._pending), usable)
             self._skipped += ~taken
             self._pending = None
-        missing = any(name not in self._inverses for name in self._running.factors)
-        known = self._running.updates is not None and bool(self._running.updates > 0) if missing else not missing
-        if known and self._running.factors and (missing or self.periods.due(self._steps)):
+        first = not self._inverses
+        # The comparison waits for the device, but only until there are inverses.
+        if first and (self._running.updates is None or not self._running.updates > 0):
+            return
+        if first or self.periods.due(self._steps):
             self._inverses.refresh(self._running.factors, self._damping)
 
     @torch.no_grad()
