@@ -17,7 +17,8 @@ class LevenbergMarquardt:
     Args:
         every: T₁, the number of updates between two uses of the rule.
         decay: the factor per update; ``ω₁ = decay ** every``.
-        minimum: λ never falls below this many times the mean eigenvalue of the approximate Fisher; 0 (the paper) for no floor.
+        minimum: λ never falls below this many times the mean eigenvalue of the approximate Fisher; 0 (the paper) for no
+            floor.
     """
 
     every: int = 5

@@ -1,8 +1,8 @@
 """The local quadratic model M that turns a direction into an update.
 
-``M(δ) − M(0) = ∇h·δ + ½ δᵀ (F + (λ + η) I) δ`` [KFAC, eq. 5; sec. 6.4; sec. 7], restricted to the span of a few directions
-(the proposal Δ and the previous update δ₀), where it is a small dense problem. Everything is a tensor on the model's device:
-nothing here waits for the device.
+``M(δ) − M(0) = ∇h·δ + ½ δᵀ (F + (λ + η) I) δ`` [KFAC, eq. 5; sec. 6.4; sec. 7], restricted to the span of a few
+directions (the proposal Δ and the previous update δ₀), where it is a small dense problem. Everything is a tensor on the
+model's device: nothing here waits for the device.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Subspace:
 
 
 def best_step(model: Subspace) -> Float[Tensor, ""]:
-    """The α that minimises M along the first direction [KFAC, sec. 6.4]; 0 where the curvature there is not positive."""
+    """The α that minimises M along the first direction [KFAC, sec. 6.4]; 0 where its curvature is not positive."""
     curvature = model.curvature[0, 0]
     step = -model.slope[0] / curvature
     return torch.where((curvature > 0) & torch.isfinite(step), step, torch.zeros_like(step))
@@ -39,8 +39,8 @@ def best_step(model: Subspace) -> Float[Tensor, ""]:
 def best_coefficients(model: Subspace, collinear: float | None = None) -> Float[Tensor, " 2"]:
     """The (α, μ) that minimise M over span{Δ, δ₀}: the 2×2 system of [KFAC, sec. 7].
 
-    Falls back to (α, 0) of :func:`best_step` where δ₀ is zero or collinear with Δ (in the metric of M): there the system is
-    singular and its solution arbitrary.
+    Falls back to (α, 0) of :func:`best_step` where δ₀ is zero or collinear with Δ (in the metric of M): there the
+    system is singular and its solution arbitrary.
 
     Args:
         model: M on (Δ, δ₀).

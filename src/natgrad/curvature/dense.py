@@ -4,6 +4,7 @@ r"""Small models, large matrices: the Kronecker approximation of every pair of l
 exact curvature ``E[(ā ⊗ g)(ā ⊗ g)ᵀ]`` of every layer [KFAC, sec. 3; NOTE, sec. 2.3] and nothing between layers.
 """
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -111,10 +112,11 @@ def _exact_blocks(record: Record, gradients: Any, batch: int) -> dict[str, Layer
     totals: dict[str, Tensor] = {}
     for found in gradients:
         for name in record.layers:
-            outer = sum(
+            outers = [
                 torch.einsum("nri,nro->nio", x, _per_example(name, g, batch))
                 for x, g in zip(a[name], found[name], strict=True)
-            )
+            ]
+            outer = reduce(torch.add, outers)
             totals[name] = second_moment(outer.flatten(1), out=totals.get(name))
     return {name: LayerSums(total, total.new_ones(1, 1) * 0 + 1, 1.0) for name, total in totals.items()}
 

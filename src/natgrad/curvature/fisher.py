@@ -6,7 +6,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from natgrad.curvature.base import Diagonal, Factors, Statistics, factors_from
+from natgrad.curvature.base import Diagonal, Factors, Statistics, factors_from, to_dense
 from natgrad.curvature.cotangents import Expectation, check_expectation
 from natgrad.curvature.dense import collect_dense, pair_blocks
 from natgrad.curvature.input_covariance import collect_inputs, input_covariance_factors, input_covariance_inverse
@@ -51,11 +51,11 @@ class KroneckerCurvature(BlockDiagonal):
         blocks: list[tuple[Tensor, LinearOperator]] = []
         if structure == "full":
             self.factors = _diagonal_pairs(found[""], coverage)
-            matrix = pair_blocks(found[""].A, found[""].G, _sizes(coverage))
+            matrix = pair_blocks(to_dense(found[""].A), to_dense(found[""].G), _sizes(coverage))
             blocks.append((torch.cat(list(self._indices.values())), Dense(matrix)))
         elif structure == "exact_block":
             self.factors: dict[str, Factors] = {}
-            blocks += [(self._indices[name], Dense(f.A * f.G)) for name, f in found.items()]
+            blocks += [(self._indices[name], Dense(to_dense(f.A) * to_dense(f.G))) for name, f in found.items()]
         else:
             self.factors = input_covariance_factors(found, alpha) if structure == "input_covariance" else found
             blocks += [(self._indices[name], Kronecker(*_plain(f))) for name, f in self.factors.items()]
@@ -277,10 +277,11 @@ def _sizes(coverage: Coverage) -> list[tuple[int, int]]:
 
 
 def _diagonal_pairs(pairs: Factors, coverage: Coverage) -> dict[str, Factors]:
+    A, G = to_dense(pairs.A), to_dense(pairs.G)
     factors: dict[str, Factors] = {}
     i = j = 0
     for name, (columns, out) in zip(coverage.layers, _sizes(coverage), strict=True):
-        factors[name] = Factors(pairs.A[i : i + columns, i : i + columns], pairs.G[j : j + out, j : j + out])
+        factors[name] = Factors(A[i : i + columns, i : i + columns], G[j : j + out, j : j + out])
         i, j = i + columns, j + out
     return factors
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Diagonal, Factors, LayerSums, Statistics
+from natgrad.curvature.base import Diagonal, Factors, LayerSums, Statistics, to_dense
 from natgrad.curvature.inverse import FactoredInverse
 from natgrad.curvature.kfac import check_captured, input_sums
 from natgrad.layers.capture import Capture
@@ -38,7 +38,7 @@ def collect_inputs(
 
 def input_covariance_factors(factors: dict[str, Factors], alpha: float) -> dict[str, Factors]:
     """``A`` and ``α I`` of every layer."""
-    return {name: Factors(f.A, Diagonal(torch.full_like(f.G.vector, alpha))) for name, f in factors.items()}
+    return {name: Factors(f.A, Diagonal(to_dense(f.A).new_full((f.G.shape[0],), alpha))) for name, f in factors.items()}
 
 
 def input_covariance_inverse(
@@ -49,12 +49,13 @@ def input_covariance_inverse(
     Raises:
         ValueError: A is singular to working precision and the damping does not mend it; a damping is proposed.
     """
+    A = to_dense(factors.A)
     if float(damping) == 0:
-        values = safe_eigh(factors.A, check=True, what=f"A of {what}").values
+        values = safe_eigh(A, check=True, what=f"A of {what}").values
         if values[0] <= values[-1] * torch.finfo(values.dtype).eps * len(values):
             proposal = 1e-3 * alpha * float(values.mean()) or 1e-3
             raise ValueError(
                 f"A of {what} is singular and has no undamped inverse; pass a damping, for example {proposal:.1e}"
             )
-    inverse, ok = spd_inverse(factors.A, damping / alpha, check=True, what=f"A of {what}")
-    return FactoredInverse(inverse, factors.G.vector.reciprocal(), ok)
+    inverse, ok = spd_inverse(A, damping / alpha, check=True, what=f"A of {what}")
+    return FactoredInverse(inverse, A.new_full((factors.G.shape[0],), 1 / alpha), ok)

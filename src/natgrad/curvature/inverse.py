@@ -5,6 +5,7 @@ each side.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,27 +16,25 @@ from natgrad.damping import ExactTikhonov, FactoredTikhonov, check_damping
 from natgrad.linalg.spd import safe_eigh, spd_inverse
 
 
-class BlockInverse:
-    """The inverse of a damped block; never changes.
+class BlockInverse(Protocol):
+    """The inverse of a damped block; never changes."""
 
-    Attributes:
-        ok: a 0-d bool tensor: whether the inverse can be used. The factors were not finite or not definite where it
-            is False.
-    """
-
-    ok: Bool[Tensor, ""]
+    @property
+    def ok(self) -> Bool[Tensor, ""]:
+        """Whether the inverse can be used: False where the factors were not finite or not definite."""
+        ...
 
     def apply(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
         """The inverse times vec(V), as a matrix shaped like V."""
-        raise NotImplementedError
+        ...
 
     def to_dense(self) -> Float[Tensor, "size size"]:
         """The matrix that acts on the stacked columns of V."""
-        raise NotImplementedError
+        ...
 
 
 @dataclass(frozen=True)
-class FactoredInverse(BlockInverse):
+class FactoredInverse:
     r"""``(A + π γ I)^{-1} ⊗ (G + γ/π I)^{-1}`` [KFAC, sec. 6.3, eq. 7]; a vector stands for a diagonal factor.
 
     Applying it is two matrix products, one with a diagonal factor.
@@ -75,7 +74,7 @@ class Eigenbasis:
         return V if self.QA is None else V @ self.QA.T
 
 
-class ExactInverse(BlockInverse):
+class ExactInverse:
     r"""``(A ⊗ G + damping I)^{-1}`` [KFAC, sec. 6.3, eq. 6] in an eigenbasis that it shares with its successors.
 
     ``Q_G [ (Q_Gᵀ V Q_A) / (g aᵀ + damping) ] Q_Aᵀ``: four matrix products, two with one diagonal factor.

@@ -146,7 +146,7 @@ def statistics_from(
     return Statistics(sums, float(rows), count, additive)
 
 
-def trainable_parts(layer: nn.Module) -> tuple[bool, bool]:
+def trainable_parts(layer: nn.Linear) -> tuple[bool, bool]:
     """Whether the weight and the bias of a linear layer are trained: a block covers just what is."""
     bias = layer.bias
     return layer.weight.requires_grad, bias is not None and bias.requires_grad
@@ -170,7 +170,7 @@ def check_captured(record: Record, z: Tensor) -> None:
             )
 
 
-def input_sums(layer: nn.Module, inputs: list[Tensor], rows: int, batch: int) -> LayerSums:
+def input_sums(layer: nn.Linear, inputs: list[Tensor], rows: int, batch: int) -> LayerSums:
     """``Σ ā āᵀ`` over the calls of a layer for the leading examples, with a G of zeros."""
     weight, bias = trainable_parts(layer)
     dtype = _accumulator(layer.weight.dtype)

@@ -30,7 +30,7 @@ class Record:
         layers: the recorded layers by clean name.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
         self.layers = dict(layers)
         self._calls: dict[str, list[_Call]] = {name: [] for name in layers}
         self._untracked: set[str] = set()
@@ -155,7 +155,7 @@ class Capture:
         layers: the layers to record, by clean name; each takes one tensor and returns one.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
         del model
         self.layers = dict(layers)
         self._record: Record | None = None

@@ -84,13 +84,13 @@ def cover(view: ModelView, uncovered: Uncovered = "error") -> Coverage:
         if not own:
             continue
         reason = _reason(module, own, owners, in_attention)
-        if reason is None:
+        if reason is None and isinstance(module, nn.Linear):  # nothing else is without a reason
             name = clean_name(raw_name) if raw_name else ""
             layers[name] = module
             members[name] = (name_of.get(id(module.weight)), name_of.get(id(module.bias)))
             continue
         for p in own:
-            reasons.setdefault(name_of[id(p)], reason)
+            reasons.setdefault(name_of[id(p)], reason or "no Linear layer")
     if reasons and uncovered == "error":
         named = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
         raise ValueError(

@@ -45,6 +45,19 @@ class Likelihood(Protocol):
         ...
 
 
+@runtime_checkable
+class MeanParametrised(Protocol):
+    """What a likelihood offers that knows its Fisher in the parametrisation by its mean or its probabilities."""
+
+    def to_mean(self, z: Tensor) -> Tensor:
+        """The mean of p(y | z), or the probabilities of the classes, shaped like z."""
+        ...
+
+    def mean_fisher_product(self, p: Tensor, v: Tensor) -> Tensor:
+        """``D(p) v`` with ``J_pᵀ D J_p = F_R`` [NATGRAD, sec. 3, eqs. 9-13]."""
+        ...
+
+
 def score(likelihood: Likelihood, z: Float[Tensor, "batch ..."], y: Any) -> Float[Tensor, "batch ..."]:
     """``d(Σ nll)/dz`` of the unweighted nll, for integer or drawn targets: its own, or by differentiation."""
     own = getattr(likelihood, "score", None)

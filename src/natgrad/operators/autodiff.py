@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from natgrad.likelihoods.base import MeanParametrised
 from natgrad.model_view import Forward, ModelView
 from natgrad.operators.base import LinearOperator
 from natgrad.operators.gradient_moments import EmpiricalFisher, GradientCovariance
@@ -24,6 +25,9 @@ from natgrad.operators.sandwich import JacobianSandwich, check_likelihood
 __all__ = ["EmpiricalFisher", "Fisher", "GaussNewton", "GradientCovariance", "Hessian", "Jacobian"]
 
 Space = Literal["logits", "probabilities"]
+
+# Those whose Gauss-Newton matrix in the probabilities is known.
+_WITH_MEANS = (Gaussian, Bernoulli, Categorical)
 
 
 class Jacobian(LinearOperator):
@@ -105,14 +109,15 @@ class Fisher(JacobianSandwich):
         self._count = likelihood.count(z, y, weight)
         self._weight = _curvature_weight(likelihood, z, y, weight)
         if parametrization == "probabilities":
-            for method in ("to_mean", "mean_fisher_product"):
-                if not hasattr(likelihood, method):
-                    raise TypeError(
-                        f'likelihood: parametrization="probabilities" needs {type(likelihood).__name__}.{method}'
-                    )
+            if not isinstance(likelihood, MeanParametrised):
+                raise TypeError(
+                    f'likelihood: parametrization="probabilities" needs to_mean and mean_fisher_product, '
+                    f"which {type(likelihood).__name__} lacks"
+                )
+            self._by_mean: MeanParametrised = likelihood
             with differentiable():
                 self._logits = z.clone().requires_grad_()
-                self._mean = likelihood.to_mean(self._logits)
+                self._mean = self._by_mean.to_mean(self._logits)
 
     def _output_product(self, u: Tensor) -> Tensor:
         product = self._in_logits(u) if self.parametrization == "logits" else self._in_probabilities(u)
@@ -127,9 +132,9 @@ class Fisher(JacobianSandwich):
         return self.likelihood.fisher_product(z, u)
 
     def _in_probabilities(self, u: Tensor) -> Tensor:
-        z, to_mean = self._products.z, self.likelihood.to_mean
+        z, to_mean = self._products.z, self._by_mean.to_mean
         tangent = torch.func.vmap(lambda one: torch.func.jvp(to_mean, (z,), (one,))[1])(u)
-        metric = self.likelihood.mean_fisher_product(self._mean.detach(), tangent)
+        metric = self._by_mean.mean_fisher_product(self._mean.detach(), tangent)
         # A saturated output has dy/dz = 0 and 1/y = ∞: its limit is 0.
         metric = torch.where(tangent == 0, torch.zeros_like(metric), metric)
         return batched_grad([self._mean], [self._logits], [metric])[0]
@@ -171,7 +176,7 @@ class GaussNewton(JacobianSandwich):
         chunk_size: int | None = None,
     ) -> None:
         _check_space("linearize", linearize)
-        if linearize == "probabilities" and not isinstance(likelihood, (Gaussian, Bernoulli, Categorical)):
+        if linearize == "probabilities" and not isinstance(likelihood, _WITH_MEANS):
             raise ValueError(
                 f'linearize: "probabilities" is known for Gaussian, Bernoulli and Categorical, not for '
                 f'{type(likelihood).__name__}; use "logits"'
@@ -188,12 +193,14 @@ class GaussNewton(JacobianSandwich):
             product = batched_grad([self._score], [self._logits], [u])[0]
         else:
             product = torch.zeros_like(u)
-        if self.linearize == "probabilities":
+        if self.linearize == "probabilities" and isinstance(self.likelihood, _WITH_MEANS):
             product = product - _mean_curvature_product(self.likelihood, self._products.z, self._score.detach(), u)
         return product
 
 
-def _mean_curvature_product(likelihood: Likelihood, z: Tensor, score: Tensor, u: Tensor) -> Tensor:
+def _mean_curvature_product(
+    likelihood: Gaussian | Bernoulli | Categorical, z: Tensor, score: Tensor, u: Tensor
+) -> Tensor:
     """Σ_i (∂nll/∂f_i) (∂²f_i/∂z²) u, what the Hessian in z has beyond J_fᵀ (∂²nll/∂f²) J_f.
 
     Written in the score ∂nll/∂z instead of ∂nll/∂f, so that no probability is divided by: identity 0; sigmoid
@@ -204,8 +211,7 @@ def _mean_curvature_product(likelihood: Likelihood, z: Tensor, score: Tensor, u:
     f = likelihood.to_mean(z)
     if isinstance(likelihood, Bernoulli):
         return score * (1 - 2 * f) * u
-    classes = getattr(likelihood, "class_dim", -1)
-    classes = classes if classes < 0 else classes - z.ndim
+    classes = likelihood.class_dim if likelihood.class_dim < 0 else likelihood.class_dim - z.ndim
     inner_f = (f * u).sum(classes, keepdim=True)
     inner_score = (score * u).sum(classes, keepdim=True)
     return score * u - score * inner_f - f * inner_score

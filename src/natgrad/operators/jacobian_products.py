@@ -145,7 +145,10 @@ class JacobianProducts:
 
     def _tangent(self, direction: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         point = {name: p.detach() for name, p in self.parameters.items()}
-        return torch.func.jvp(lambda values: self.view.functional(values, self.inputs), (point,), (direction,))
+        z, tangent, *_ = torch.func.jvp(
+            lambda values: self.view.functional(values, self.inputs), (point,), (direction,)
+        )
+        return z, tangent
 
     def _jvp_vmapped(self, directions: dict[str, Tensor]) -> Tensor:
         if _columns(directions) == 1:

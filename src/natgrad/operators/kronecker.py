@@ -46,7 +46,7 @@ class Dense(LinearOperator):
     """
 
     def __init__(self, matrix: Float[Tensor, "n n"]) -> None:
-        super().__init__(tuple(matrix.shape), dtype=matrix.dtype, device=matrix.device, symmetric=True)
+        super().__init__((matrix.shape[0], matrix.shape[1]), dtype=matrix.dtype, device=matrix.device, symmetric=True)
         self.matrix = matrix
 
     def _matmat(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:

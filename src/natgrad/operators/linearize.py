@@ -1,7 +1,8 @@
 """The linearised forward pass: z and J v for a few parameter directions at once [KFAC, app. C].
 
-A plain chain of ``nn.Linear`` and elementwise activations is linearised by hand, from the layer inputs that the forward pass
-stored anyway; any other model goes through forward-mode automatic differentiation. Both give the same numbers (a test).
+A plain chain of ``nn.Linear`` and elementwise activations is linearised by hand, from the layer inputs that the forward
+pass stored anyway; any other model goes through forward-mode automatic differentiation. Both give the same numbers (a
+test).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -131,12 +132,13 @@ def jacobian_products(
         return view.functional(values, inputs)
 
     def one(direction: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(outputs, (parameters,), (direction,))
+        z, tangent, *_ = torch.func.jvp(outputs, (parameters,), (direction,))
+        return z, tangent
 
     with view.curvature_pass():
         if len(directions) == 1:
             z, tangent = one(directions[0])
             return z, [tangent]
         stacked = {name: torch.stack([direction[name] for direction in directions]) for name in parameters}
-        z, tangents = torch.func.vmap(one, out_dims=(None, 0), randomness="same")(stacked)
-    return z, list(tangents.unbind(0))
+        z, tangents = torch.func.vmap(one, randomness="same")(stacked)
+    return z[0], list(tangents.unbind(0))
