@@ -4,6 +4,7 @@ Pixels of CURVES, the digits and MNIST lie in [0, 1] and are Bernoulli targets; 
 Gaussian targets [KFAC, sec. 13].
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -183,7 +184,9 @@ def split_faces(faces: Tensor, per_face: int, seed: int) -> tuple[Tensor, Tensor
 def _download(what: str, fetch: Callable[[], Tensor], names: tuple[str, ...] | list[str]) -> Tensor:
     """What scikit-learn downloads, or an error that says how to do without."""
     try:
-        return fetch()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # scikit-learn's about each attempt; the error below says it once
+            return fetch()
     except Exception as error:  # of the network, the server, the disk or a file that came only in part
         raise DataError(
             f"{what} could not be downloaded ({type(error).__name__}: {error}); without a network, put "

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
@@ -96,7 +96,7 @@ class Bars:
         return f"{max(0.0, self.seconds - seconds):.0f} s left"
 
 
-def tables(race: Race) -> list[Table]:
+def tables(race: Race) -> list[RenderableType]:
     """The result, and when each error was reached; both fit 80 columns."""
     return [_result_table(race), *_target_tables(race)]
 
@@ -126,7 +126,7 @@ def result_cells(trace: Trace) -> list[str]:
     return [count(done.update), count(done.examples), f"{done.seconds:.1f}", *errors, memory]
 
 
-def _target_tables(race: Race) -> list[Table]:
+def _target_tables(race: Race) -> list[RenderableType]:
     wanted = targets(race)
     if not wanted:
         return []
@@ -134,9 +134,6 @@ def _target_tables(race: Race) -> list[Table]:
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
         pad_edge=False,
-        title="Seconds, and below them updates, to reach a training error of",
-        title_justify="left",
-        title_style="",
     )
     table.add_column("", no_wrap=True)
     for error in wanted:
@@ -146,7 +143,7 @@ def _target_tables(race: Race) -> list[Table]:
         table.add_row(
             f"{trace.name}\n", *(f"{e.seconds:.1f} s\n[dim]{count(e.update)}[/dim]" if e else "–\n" for e in at)
         )
-    return [table]
+    return ["Seconds, and below them updates, to reach a training error of", table]
 
 
 def best(race: Race) -> Trace | None:
@@ -177,10 +174,15 @@ def verdict(race: Race) -> str:
             trace, other = min(theirs, key=lambda pair: pair[1].seconds)
             return head + (
                 f" Error {error:g} took it {mine.seconds:.1f} s and {count(mine.update)} updates;"
-                f" the next, {trace.name}, {other.seconds:.1f} s ({other.seconds / mine.seconds:.1f} times)"
-                f" and {count(other.update)} updates ({other.update / mine.update:.1f} times)."
+                f" the next, {trace.name}, {other.seconds:.1f} s{_times(other.seconds / mine.seconds)}"
+                f" and {count(other.update)} updates{_times(other.update / mine.update)}."
             )
     return head
+
+
+def _times(ratio: float) -> str:
+    """How much the leader is ahead, left out where it is behind."""
+    return f" ({ratio:.1f} times)" if ratio >= 1.0 else ""
 
 
 def notes(race: Race) -> list[str]:

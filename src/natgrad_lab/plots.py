@@ -57,7 +57,9 @@ def draw(race: Race, against: str, theme: str = "light") -> Figure:
         axes.plot(x, train, color=colour, linewidth=2.2, marker=marker, markersize=6, markevery=max(1, len(x) // 8))
         if trace.end is not None and trace.end.reason == "diverged":
             axes.plot(x[-1], train[-1], color=colour, marker="x", markersize=11, markeredgewidth=2.5)
-        ends.append((x[-1], train[-1], trace.name, colour))
+        # The label has the table's number, on all cases; the line was measured on some of them.
+        final = trace.train_error if math.isfinite(trace.train_error) else train[-1]
+        ends.append((x[-1], train[-1], f"{trace.name} {shown(final)}", colour))
     axes.set_xscale("log")
     axes.set_yscale("log")
     _ticks(axes, "x")
@@ -135,21 +137,21 @@ def _style(axes: matplotlib.axes.Axes, colours: dict[str, str]) -> None:
 
 
 def _label_ends(axes: matplotlib.axes.Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write each name beside the end of its line, pushed apart vertically where they would overlap."""
+    """Write each label beside the end of its line, pushed apart vertically where they would overlap."""
     if not ends:
         return
     gap = 0.055  # of the axes' height: one line of text
     to_axes = axes.transData + axes.transAxes.inverted()
-    placed = sorted((float(to_axes.transform((x, y))[1]), x, y, name, colour) for x, y, name, colour in ends)
+    placed = sorted((float(to_axes.transform((x, y))[1]), x, y, label, colour) for x, y, label, colour in ends)
     right = max(x for x, *_ in ends)
     heights: list[float] = []
     for height, *_ in placed:
         heights.append(max(height, heights[-1] + gap) if heights else height)
     overflow = max(0.0, heights[-1] - 1.0)
-    for height, (_, x, y, name, colour) in zip(heights, placed, strict=True):
+    for height, (_, x, y, label, colour) in zip(heights, placed, strict=True):
         at_right = x >= 0.7 * right  # a short line (diverged, fewer updates) is labelled where it ends
         axes.annotate(
-            f"{name} {shown(y)}",
+            label,
             xy=(1.0, height - overflow) if at_right else (x, y),
             xycoords="axes fraction" if at_right else "data",
             xytext=(8, 0) if at_right else (8, 6),

@@ -36,8 +36,8 @@ def render(race: Race) -> str:
         seconds=_picture(race, "seconds"),
         updates=_picture(race, "updates"),
         setting=escape(
-            f"{c['description'] or c['task']} {c['train_cases']} training and {c['test_cases']} test cases;"
-            f" {c['parameters']} parameters, {c['activation']} units."
+            f"{c['description'] or c['task']} {count(c['train_cases'])} training and {count(c['test_cases'])} test"
+            f" cases; {count(c['parameters'])} parameters, {c['activation']} units."
         ),
         method=escape(_method(c)),
         settings=_settings(race),
