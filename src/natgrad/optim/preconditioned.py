@@ -92,6 +92,7 @@ class Preconditioned(torch.optim.Optimizer):
                 loss = closure()
         if not self._finite():
             self.skipped += 1
+            self.pre.skip()
             return loss
         # Distributed checkpointing makes a step with every lr 0 before training, so that the inner state exists.
         if self.pre.observed or any(group["lr"] != 0 for group in self.param_groups):

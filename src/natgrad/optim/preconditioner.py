@@ -226,6 +226,12 @@ class Preconditioner:
         self._watch.clear()
         self._watch.active = self.due
 
+    def skip(self) -> None:
+        """Forget what was observed since the last step, for a batch that is left out; counts as skipped."""
+        self._skipped += 1
+        self._pending = None
+        self._watch.clear()
+
     def _add(self, statistics: Statistics) -> None:
         self._pending = statistics if self._pending is None else self._pending + statistics
 
