@@ -1,4 +1,4 @@
-"""`likelihood_of(L)` is L, value and derivatives, for every loss that has a likelihood; the others are refused by name."""
+"""`likelihood_of(L)` is L, value and derivatives, for every loss with a likelihood; the others are refused by name."""
 
 import inspect
 import re
