@@ -92,7 +92,7 @@ class Evaluator:
         for inputs, targets in batches:
             for chunk_inputs, chunk_targets, sampled_rows in self._split(inputs, targets, subsets, generator):
                 replay = self.view.snapshot() if sampled_rows else None
-                with torch.enable_grad(), self.capture.record() as record:
+                with torch.enable_grad(), self.view.curvature_pass(), self.capture.record() as record:
                     z = self.view(chunk_inputs)
                 derivative, nll, chunk_count = self._loss(z, chunk_targets)
                 gradients = self._accumulate(record, z, derivative, into, retain=bool(sampled_rows))
