@@ -246,7 +246,10 @@ def run(arguments: list[str] | None = None) -> int:
     except Exception as error:
         # Click's own usage errors: an unknown option, a word where a number belongs. Typer ships its own copy of click.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            return _fail(f"{error.format_message().rstrip('.')}. See natgrad --help.", error.exit_code)
+            message = error.format_message().rstrip(".")
+            if not message:  # no arguments: the help was printed
+                return error.exit_code
+            return _fail(f"{message}. See natgrad --help.", error.exit_code)
         raise
 
 

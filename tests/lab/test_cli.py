@@ -194,3 +194,9 @@ def test_installed_command() -> None:
         assert shown.returncode == 0
         assert max(len(line) for line in shown.stdout.splitlines()) <= 80
     assert "--resume" in shown.stdout
+
+
+def test_without_arguments_prints_the_help_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([]) == 2
+    captured = capsys.readouterr()
+    assert "race" in captured.out + captured.err and "natgrad: error" not in captured.err
