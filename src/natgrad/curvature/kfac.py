@@ -1,5 +1,6 @@
 """Block-diagonal K-FAC: statistics of a batch, factors, inverses of blocks [KFAC, sec. 3, 4.2, 5, 6.3]."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ def statistics_from(
     samples: int = 1,
     generator: torch.Generator | None = None,
     diagonal_output: bool = True,
+    input_factors: Mapping[str, Tensor] | None = None,
 ) -> Statistics:
     """Statistics from a forward pass that was recorded, by further backward passes; its graph is kept.
 
@@ -103,6 +105,7 @@ def statistics_from(
         generator: the source of the draws.
         diagonal_output: use the output layer's G where it is diagonal and known without sampling (Gaussian and
             Bernoulli).
+        input_factors: A of layers where it is known; their inputs are not summed.
 
     Raises:
         ValueError: targets are missing, or the expectation is unknown.
@@ -122,7 +125,11 @@ def statistics_from(
         {source: flatten_rows(diagonal.expand_as(z_rows)).sum(0)} if source is not None and diagonal is not None else {}
     )
     inputs = record.inputs
-    sums = {name: input_sums(layer, inputs.get(name, []), rows, batch) for name, layer in record.layers.items()}
+    known_A = input_factors or {}
+    sums = {
+        name: input_sums(layer, inputs.get(name, []), rows, batch, known_A.get(name), outputs=name not in known)
+        for name, layer in record.layers.items()
+    }
     if sums.keys() - known.keys():
         stacks = cotangents(
             likelihood,
@@ -170,22 +177,42 @@ def check_captured(record: Record, z: Tensor) -> None:
             )
 
 
-def input_sums(layer: nn.Linear, inputs: list[Tensor], rows: int, batch: int) -> LayerSums:
-    """``Σ ā āᵀ`` over the calls of a layer for the leading examples, with a G of zeros."""
+def input_sums(
+    layer: nn.Linear,
+    inputs: list[Tensor],
+    rows: int,
+    batch: int,
+    factor: Tensor | None = None,
+    *,
+    outputs: bool = True,
+) -> LayerSums:
+    """``Σ ā āᵀ`` over the calls of a layer for the leading examples, with a G of zeros.
+
+    Args:
+        layer: the layer.
+        inputs: of its calls.
+        rows: the number of leading examples.
+        batch: the number of all examples.
+        factor: A where it is known: the sum is then that many times A.
+        outputs: whether G is a matrix; otherwise it is left empty, for who knows its diagonal.
+    """
     weight, bias = trainable_parts(layer)
     dtype = _accumulator(layer.weight.dtype)
     total: Tensor | None = None
     used = 0.0
     for a in inputs:
         a, share = leading_examples(a, rows, batch)
-        moment = input_moment(a.to(dtype), weight, bias)
-        moment = moment if share == 1 else moment.mul_(share)
-        total = moment if total is None else total.add_(moment)
+        if factor is None:
+            moment = input_moment(a.to(dtype), weight, bias)
+            moment = moment if share == 1 else moment.mul_(share)
+            total = moment if total is None else total.add_(moment)
         used += share * (a.numel() // a.shape[-1])
     out, columns = layer.weight.shape[0], layer.weight.shape[1] * weight + bias
-    if total is None:
+    if factor is not None:
+        total = factor.to(dtype) * rows
+    elif total is None:
         total = layer.weight.new_zeros(columns, columns, dtype=dtype)
-    return LayerSums(total, total.new_zeros(out, out), used)
+    return LayerSums(total, total.new_zeros(out, out) if outputs else total.new_zeros(out), used)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

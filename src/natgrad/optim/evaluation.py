@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from natgrad.curvature.base import Statistics
-from natgrad.curvature.kfac import statistics_from, trainable_parts
+from natgrad.curvature.base import LayerSums, Statistics
+from natgrad.curvature.cotangents import validate_targets
+from natgrad.curvature.kfac import check_captured, statistics_from, trainable_parts
+from natgrad.curvature.uncovered import couples_examples, squared_gradients
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.factors import flatten_rows
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import ModelView, Replay, batch_size, select_rows
 from natgrad.optim.layout import JointLayout
 from natgrad.optim.settings import Subsets
+from natgrad.optim.static import StaticInputs
 
 
 @dataclass
@@ -46,25 +49,30 @@ class Evaluation:
     statistics: Statistics | None
     tapes: list[Tape]
     count: Float[Tensor, ""]
-    rows: dict[str, list[tuple[Tensor, Tensor]]] = field(
-        default_factory=dict
-    )  # (a, g) per chunk, for the low-rank form
-
-
-def couples_examples(model: nn.Module) -> bool:
-    """Whether an example's output depends on the other examples: batch normalisation in training mode."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules())
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # (a, g) per chunk: the low-rank form
 
 
 @dataclass
 class Evaluator:
-    """Evaluates batches of one model; holds nothing that changes."""
+    """Evaluates batches of one model.
+
+    Args:
+        view: the model.
+        likelihood: p(y | z).
+        capture: of the covered layers.
+        layout: of flat vectors.
+        static: inputs that are the same at every update, or None.
+        diagonal: names of parameters outside of the layers whose diagonal of F is estimated too.
+        checked: whether a batch was compared with what model and likelihood expect; done once.
+    """
 
     view: ModelView
     likelihood: Likelihood
     capture: Capture
     layout: JointLayout
-    diagonal_output: bool = True
+    static: StaticInputs | None = None
+    diagonal: tuple[str, ...] = ()  # uncovered parameters whose diagonal Fisher is estimated
+    checked: bool = False
 
     def __call__(
         self,
@@ -94,6 +102,9 @@ class Evaluator:
                 replay = self.view.snapshot() if sampled_rows else None
                 with torch.enable_grad(), self.view.curvature_pass(), self.capture.record() as record:
                     z = self.view(chunk_inputs)
+                if not self.checked:
+                    check_captured(record, z)
+                    validate_targets(self.likelihood, z.detach(), chunk_targets)
                 derivative, nll, chunk_count = self._loss(z, chunk_targets)
                 gradients = self._accumulate(record, z, derivative, into, retain=bool(sampled_rows))
                 total += nll
@@ -103,15 +114,7 @@ class Evaluator:
                         pairs = zip(found, gradients[name], strict=True)
                         rows.setdefault(name, []).extend((flatten_rows(a), flatten_rows(g)) for a, g in pairs)
                 if sampled_rows and replay is not None:
-                    new = statistics_from(
-                        record,
-                        z,
-                        self.likelihood,
-                        rows=sampled_rows,
-                        targets=chunk_targets,
-                        generator=generator,
-                        diagonal_output=self.diagonal_output,
-                    )
+                    new = self._statistics(record, z, chunk_inputs, chunk_targets, sampled_rows, generator)
                     statistics = new if statistics is None else statistics + new
                     layer_inputs = {name: found[0].detach() for name, found in record.inputs.items() if len(found) == 1}
                     tapes.append(
@@ -121,7 +124,36 @@ class Evaluator:
                     )
                 del record, z
         into /= count
+        self.checked = True
         return Evaluation(total / count, into, statistics, tapes, count, rows)
+
+    def _statistics(
+        self, record: Record, z: Tensor, inputs: Any, targets: Any, rows: int, generator: torch.Generator
+    ) -> Statistics:
+        """Of the leading rows of a chunk: Kronecker factors, and the diagonal where it is wanted."""
+        statistics = statistics_from(
+            record,
+            z,
+            self.likelihood,
+            rows=rows,
+            targets=targets,
+            generator=generator,
+            input_factors=self.static.factors(record, inputs) if self.static is not None else None,
+        )
+        if self.diagonal:
+            leading = slice(0, rows)
+            squares = squared_gradients(
+                self.view,
+                self.likelihood,
+                select_rows(inputs, leading),
+                self.diagonal,
+                expectation="sampled",
+                y=select_rows(targets, leading),
+                generator=generator,
+            )
+            for name, square in squares.items():  # diag(F) as a block diag(d) ⊗ 1
+                statistics.layers[name] = LayerSums(square.flatten(), square.new_full((1,), rows), rows)
+        return statistics
 
     def _split(
         self, inputs: Any, targets: Any, subsets: Subsets, generator: torch.Generator

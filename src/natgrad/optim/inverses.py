@@ -32,7 +32,7 @@ class LayerInverses:
     def __bool__(self) -> bool:
         return bool(self._kept)
 
-    def refresh(self, factors: Mapping[str, Factors], damping: float) -> None:
+    def refresh(self, factors: Mapping[str, Factors], damping: float | Tensor) -> None:
         """Decompose anew; a layer whose decomposition fails keeps what it had."""
         for name, block in factors.items():
             exact = isinstance(self.form, ExactTikhonov)
@@ -57,6 +57,11 @@ class LayerInverses:
         if cached is None or cached[0] != damping:
             self._exact[name] = cached = damping, ExactInverse(kept, damping)
         return cached[1]
+
+    def at(self, name: str, damping: float | Tensor) -> BlockInverse | None:
+        """As :meth:`get` for a damping that lives on the device: nothing is compared or kept."""
+        kept = self._kept.get(name)
+        return ExactInverse(kept, damping) if isinstance(kept, Eigenbasis) else kept
 
     def state(self, name: str, columns: int, out: int, like: Tensor) -> dict[str, Tensor]:
         """What a checkpoint needs of one layer; the shapes do not depend on whether there is an inverse yet."""

@@ -16,17 +16,20 @@ from natgrad.curvature.running import RunningFactors
 from natgrad.damping import FactoredTikhonov
 from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
 from natgrad.layers.capture import Capture
-from natgrad.layers.coverage import cover
+from natgrad.layers.coverage import Coverage, cover
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView, batch_size
 from natgrad.operators.linearize import Chain
 from natgrad.optim.batches import micro_batches
-from natgrad.optim.evaluation import Evaluation, Evaluator, Tape
+from natgrad.optim.evaluation import Evaluation, Evaluator
 from natgrad.optim.layout import JointLayout
 from natgrad.optim.local_model import LocalModel
 from natgrad.optim.proposal import Proposals
+from natgrad.optim.select import keep_where
 from natgrad.optim.settings import Damping, Periods, StepGuard, Subsets
+from natgrad.optim.static import StaticInputs
 from natgrad.optim.stats import Stats
+from natgrad.optim.trials import Trials
 from natgrad.quadratic import best_coefficients, best_step, reduction_ratio
 
 
@@ -91,30 +94,30 @@ class KFAC(torch.optim.Optimizer):
             )
         view = ModelView(model, forward)
         self._coverage = cover(view, uncovered=uncovered)
-        super().__init__(list(view.parameters.values()), {"lr": lr})
+        super().__init__(list(view.parameters.items()), {"lr": lr})
         self.view, self.likelihood = view, likelihood
-        self.l2, self.momentum, self.subsets, self.periods, self.guard, self.decay = (
-            l2,
-            momentum,
-            subsets,
-            periods,
-            guard,
-            decay,
-        )
+        self.l2, self.momentum = l2, momentum
+        self.subsets, self.periods, self.guard = subsets, periods, guard
         self.layout = JointLayout(view, self._coverage)
         self.capture = Capture(model, self._coverage.layers)
-        self.chain = Chain.of(view)
-        self._evaluator = Evaluator(view, likelihood, self.capture, self.layout)
-        self._static_inputs = static_inputs
-        device = next(iter(view.parameters.values())).device
-        self._generator = torch.Generator(device=device).manual_seed(seed)
-        scalar = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        self._evaluator = Evaluator(
+            view,
+            likelihood,
+            self.capture,
+            self.layout,
+            static=StaticInputs(static_inputs) if static_inputs is not None else None,
+            diagonal=self._coverage.uncovered if uncovered == "diagonal" else (),
+        )
+        self._generator = torch.Generator(device=view.device).manual_seed(seed)
+        real = torch.float64 if view.device.type != "mps" else torch.float32
+        scalar = torch.zeros((), dtype=real, device=view.device)
         self._update_number = 0
         self._lam = scalar + (self.damping.value if self.damping.value is not None else torch.nan)
         self._gamma = (self._lam + l2).sqrt()
         self._running = RunningFactors(decay)
         self.proposals = Proposals(self.layout, self._running, self.damping.form, l2)
-        self.local = LocalModel(view, likelihood, self.layout, self.chain)
+        self.local = LocalModel(view, likelihood, self.layout, Chain.of(view), l2)
+        self._trials = Trials(self.local, self.proposals)
         self._gradient, self._proposal, self._previous = (self.layout.zeros() for _ in range(3))
         self._counts = {"skipped": scalar.clone(), "rejected": scalar.clone()}
         self.stats = Stats()
@@ -178,16 +181,46 @@ class KFAC(torch.optim.Optimizer):
         finite = torch.isfinite(evaluation.loss) & torch.isfinite(evaluation.gradient.sum())
         self._add_l2(evaluation.gradient)
         self._running.update(factors_from(evaluation.statistics), finite)
-        if self.damping.gamma is None:
-            self._gamma = (self._lam + self.l2).sqrt()
+        self._tie_gamma()
         if self.periods.due(self._update_number):
             self.proposals.refresh(self._gamma**2)
         if searching:
-            self._lam = self._search_damping(evaluation)
-            self._gamma = (self._lam + self.l2).sqrt()
+            self._lam = self._trials.first_damping(evaluation, self._gamma_ratio, self.l2, self._proposal)
+            self._tie_gamma(start=True)
+            self.proposals.refresh(self._gamma**2)
         self._adapt_gamma(evaluation)
         self._update(evaluation, finite)
         return evaluation.loss.to(self._gradient.dtype)
+
+    def coverage(self) -> Coverage:
+        """What is treated how; ``print`` it for a table with parameter counts."""
+        return self._coverage
+
+    def _step_without_data(self) -> None:
+        """``step()`` with every lr at 0, as distributed checkpointing calls it: all state exists from the start."""
+        if any(group["lr"] != 0 for group in self.param_groups):
+            raise TypeError(
+                "step: inputs are missing; expected step(inputs, targets), for K-FAC evaluates the model itself"
+            )
+
+    @property
+    def _gamma_ratio(self) -> float:
+        return self.damping.ratio if self.damping.gamma is None else 1.0
+
+    def _tie_gamma(self, *, start: bool = False) -> None:
+        """γ = ratio √(λ + η), where no rule moves γ on its own."""
+        if start or self.damping.gamma is None:
+            self._gamma = self._gamma_ratio * (self._lam + self.l2).sqrt()
+
+    def _adapt_gamma(self, evaluation: Evaluation) -> None:
+        """The γ rule: the best of three candidates, each with its own inverse [KFAC, sec. 6.6]."""
+        rule = self.damping.gamma
+        if rule is not None and self._update_number % rule.every == 0:
+            damping = self._lam + self.l2
+            candidates = rule.candidates(self._gamma, damping.sqrt())
+            directions = [self._proposal, self._previous] if self.momentum else [self._proposal]
+            self._gamma = self._trials.best_gamma(evaluation, candidates, rule.quality, damping, directions)
+            self.proposals.refresh(self._gamma**2)
 
     def _add_l2(self, gradient: Float[Tensor, " size"]) -> None:
         if self.l2:
@@ -199,29 +232,29 @@ class KFAC(torch.optim.Optimizer):
         damping = self._lam + self.l2
         self.proposals.write(evaluation, self._gamma**2, self._proposal)
         directions = [self._proposal, self._previous] if self.momentum else [self._proposal]
-        model, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping, self.l2)
+        model, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping)
         coefficients = best_coefficients(model) if self.momentum else best_step(model)[None]
-        before = self._rows_objective(evaluation.tapes, fresh=False)
+        before = self.local.objective(evaluation.tapes, fresh=False)
         # δ takes the buffer of δ₀; then Δ's buffer keeps the old parameters until the step is accepted
         alpha, mu = coefficients[0], coefficients[1] if self.momentum else torch.zeros_like(coefficients[0])
         self._previous.mul_(mu).addcmul_(self._proposal, alpha.to(self._proposal.dtype))
-        self._previous.copy_(torch.where(finite, self._previous, 0.0))
+        keep_where(self._previous, finite, 0.0)
         if self._scale_by_lr(self._previous):  # M at the update that is made, not at the one that would be best
             directions, coefficients = [self._previous], torch.ones_like(coefficients[:1])
-            _, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping, self.l2)
+            _, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping)
         parameters = self.view.parameters
         old, change = self.layout.parameters(self._proposal), self.layout.parameters(self._previous)
         for name, parameter in parameters.items():
             old[name].copy_(parameter)
             parameter.add_(change[name])
-        actual = self._rows_objective(evaluation.tapes, fresh=True) - before
+        actual = self.local.objective(evaluation.tapes, fresh=True) - before
         rho = reduction_ratio(actual, rows_model.change(coefficients))
         accepted = finite & torch.isfinite(actual)
         if self.guard is not None:
             accepted = accepted & (rho >= self.guard.threshold)
         for name, parameter in parameters.items():
-            parameter.copy_(torch.where(accepted, parameter, old[name]))
-        self._previous.copy_(torch.where(accepted, self._previous, 0.0))
+            keep_where(parameter, accepted, old[name])
+        keep_where(self._previous, accepted, 0.0)
         self._lam = self._next_damping(rho, accepted, finite)
         updates = self._counts
         updates["skipped"] += (~finite).to(updates["skipped"].dtype)
@@ -239,7 +272,7 @@ class KFAC(torch.optim.Optimizer):
                 "skipped": updates["skipped"],
                 "rejected": updates["rejected"],
                 "updates": self._update_number,
-                "failed_inverses": self.proposals.failures,
+                "failed_inverses": self.proposals.inverses.failures,
             }
         )
 
@@ -252,63 +285,6 @@ class KFAC(torch.optim.Optimizer):
         if self.guard is not None:
             lam = torch.where(accepted, lam, self._lam * self.guard.raise_damping)
         return torch.where(finite, lam, self._lam)
-
-    def _adapt_gamma(self, evaluation: Evaluation) -> None:
-        """The γ rule: the best of three candidates, each with its own inverse [KFAC, sec. 6.6]."""
-        rule = self.damping.gamma
-        if rule is not None and self._update_number % rule.every == 0:
-            candidates = rule.candidates(self._gamma, (self._lam + self.l2).sqrt())
-            qualities = [self._quality(evaluation, candidate, rule.quality) for candidate in candidates]
-            best = torch.stack([torch.nan_to_num(quality, nan=torch.inf) for quality in qualities]).argmin()
-            self._gamma = torch.stack(candidates)[best]
-            self.proposals.refresh(self._gamma**2)
-
-    def _quality(self, evaluation: Evaluation, gamma: Tensor, kind: str) -> Float[Tensor, ""]:
-        """How good the update under this γ is: M(δ) − M(0), or h(θ + δ); smaller is better."""
-        self.proposals.write(evaluation, gamma**2, self._proposal, fresh=True)
-        directions = [self._proposal, self._previous] if self.momentum else [self._proposal]
-        model, _ = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, self._lam + self.l2, self.l2)
-        coefficients = best_coefficients(model) if self.momentum else best_step(model)[None]
-        if kind == "model":
-            return model.change(coefficients)
-        return self._trial(evaluation, list(zip(coefficients, directions, strict=True)))
-
-    def _trial(self, evaluation: Evaluation, terms: list[tuple[Tensor, Tensor]]) -> Float[Tensor, ""]:
-        """h(θ + Σ c d) on the curvature rows; the parameters are put back bit for bit."""
-        parameters = self.view.parameters
-        old = {name: parameter.clone() for name, parameter in parameters.items()}
-        for coefficient, direction in terms:
-            for name, part in self.layout.parameters(direction).items():
-                parameters[name].addcmul_(part, coefficient.to(part.dtype))
-        value = self._rows_objective(evaluation.tapes, fresh=True)
-        for name, parameter in parameters.items():
-            parameter.copy_(old[name])
-        return value
-
-    def _search_damping(self, evaluation: Evaluation) -> Float[Tensor, ""]:
-        """The λ of a geometric grid whose update (without momentum) lowers the loss of the first batch most."""
-        grid = [10.0 ** (exponent / 2) for exponent in range(-6, 8)]
-        values = []
-        for candidate in grid:
-            lam = torch.full_like(self._lam, candidate)
-            self.proposals.write(evaluation, lam + self.l2, self._proposal, fresh=True)
-            model, _ = self.local.subspaces(
-                evaluation.tapes, evaluation.gradient, [self._proposal], lam + self.l2, self.l2
-            )
-            values.append(
-                torch.nan_to_num(self._trial(evaluation, [(best_step(model), self._proposal)]), nan=torch.inf)
-            )
-        return torch.tensor(grid, dtype=self._lam.dtype, device=self._lam.device)[torch.stack(values).argmin()]
-
-    def _rows_objective(self, tapes: list[Tape], *, fresh: bool) -> Float[Tensor, ""]:
-        """h on the curvature rows, l2 term included: as recorded by the tapes, or at the present parameters."""
-        if fresh:
-            value = self.local.rows_loss(tapes)
-        else:
-            value = torch.stack([tape.nll.double() for tape in tapes]).sum() / sum(tape.count for tape in tapes)
-        if self.l2:
-            value = value + 0.5 * self.l2 * sum(parameter.square().sum() for parameter in self.view.parameters.values())
-        return value
 
     def _scale_by_lr(self, update: Float[Tensor, " size"]) -> bool:
         """Multiply each parameter's part by its group's lr; False where every lr is 1."""

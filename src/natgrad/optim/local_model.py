@@ -26,9 +26,10 @@ class LocalModel:
     likelihood: Likelihood
     layout: JointLayout
     chain: Chain | None
+    l2: float = 0.0
 
     def subspaces(
-        self, tapes: Sequence[Tape], gradient: Tensor, directions: Sequence[Tensor], damping: Tensor, l2: float
+        self, tapes: Sequence[Tape], gradient: Tensor, directions: Sequence[Tensor], damping: Tensor
     ) -> tuple[Subspace, Subspace]:
         """M over the span of some directions, twice: with the slope of the whole batch, and with that of the rows alone.
 
@@ -40,7 +41,6 @@ class LocalModel:
             gradient: flat ∇h of the whole batch, l2 term included.
             directions: flat vectors d_i.
             damping: λ + η.
-            l2: η.
         """
         count = torch.stack([tape.count.to(torch.float64) for tape in tapes]).sum()
         size = len(directions)
@@ -54,13 +54,34 @@ class LocalModel:
         curvature = fisher / count + damping * gram
         slope = torch.stack([torch.dot(gradient, direction) for direction in directions]).double()
         slope_rows = slope_rows / count
-        if l2:
-            slope_rows = (
-                slope_rows + l2 * torch.stack([self._dot_parameters(direction) for direction in directions]).double()
-            )
+        if self.l2:
+            slope_rows = slope_rows + self.l2 * torch.stack([self._dot_parameters(d) for d in directions]).double()
         return Subspace(slope, curvature), Subspace(slope_rows, curvature)
 
-    def rows_loss(self, tapes: Sequence[Tape]) -> Float[Tensor, ""]:
+    def objective(self, tapes: Sequence[Tape], *, fresh: bool) -> Float[Tensor, ""]:
+        """h on the curvature rows, l2 term included: as the tapes recorded it, or ``fresh`` at the present parameters."""
+        if fresh:
+            value = self._rows_loss(tapes)
+        else:
+            value = torch.stack([tape.nll.double() for tape in tapes]).sum() / sum(tape.count for tape in tapes)
+        if self.l2:
+            squares = [parameter.square().sum() for parameter in self.view.parameters.values()]
+            value = value + 0.5 * self.l2 * torch.stack(squares).sum()
+        return value
+
+    def trial(self, tapes: Sequence[Tape], terms: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, ""]:
+        """h(θ + Σ c d) on the curvature rows for terms (c, d); the parameters are put back bit for bit."""
+        parameters = self.view.parameters
+        old = {name: parameter.clone() for name, parameter in parameters.items()}
+        for coefficient, direction in terms:
+            for name, part in self.layout.parameters(direction).items():
+                parameters[name].addcmul_(part, coefficient.to(part.dtype))
+        value = self.objective(tapes, fresh=True)
+        for name, parameter in parameters.items():
+            parameter.copy_(old[name])
+        return value
+
+    def _rows_loss(self, tapes: Sequence[Tape]) -> Float[Tensor, ""]:
         """The mean nll of the curvature rows at the present parameters, with the dropout masks of the tape."""
         total = torch.zeros((), dtype=torch.float64, device=tapes[0].nll.device)
         for tape in tapes:

@@ -1,63 +1,57 @@
 """The proposal ``Δ = −F̆_γ^{-1} ∇h`` from the averaged factors [KFAC, sec. 4.2, 6.3, 8]."""
 
-from dataclasses import dataclass, field
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.curvature.inverse import BlockInverse, Eigenbasis, ExactInverse, FactoredInverse, eigenbasis, invert_block
+from natgrad.curvature.base import Diagonal, to_dense
+from natgrad.curvature.inverse import BlockInverse, FactoredInverse, invert_block
 from natgrad.curvature.running import RunningFactors, mean_eigenvalue
-from natgrad.damping import ExactTikhonov, FactoredTikhonov
+from natgrad.damping import ExactTikhonov
 from natgrad.optim.evaluation import Evaluation
+from natgrad.optim.inverses import LayerInverses, Tikhonov
 from natgrad.optim.layout import JointLayout
 from natgrad.optim.low_rank import low_rank_apply, low_rank_pays
 
 
-@dataclass
 class Proposals:
     """Turns gradients into proposals; keeps the inverses between two refreshes.
 
-    Where a decomposition fails the layer keeps its last good one, and ``failures`` counts it.
+    A layer whose decomposition fails keeps its last good inverse; as long as it has none its gradient is used as it is.
 
     Args:
         layout: of the flat vectors.
         running: the averaged factors.
         form: how damping enters.
         l2: η, for the part of the gradient that has full rank.
+
+    Attributes:
+        inverses: of the covered layers.
+        scale: the mean eigenvalue of F̆ at the last refresh.
     """
 
-    layout: JointLayout
-    running: RunningFactors
-    form: ExactTikhonov | FactoredTikhonov
-    l2: float = 0.0
-    failures: int = 0
-    scale: Float[Tensor, ""] | float = 1.0  # the mean eigenvalue of F̆
-    bases: dict[str, Eigenbasis] = field(default_factory=dict)
-    blocks: dict[str, BlockInverse] = field(default_factory=dict)
+    def __init__(self, layout: JointLayout, running: RunningFactors, form: Tikhonov, l2: float = 0.0) -> None:
+        self.layout, self.running, self.form, self.l2 = layout, running, form, l2
+        self.inverses = LayerInverses(form)
+        self.scale: Float[Tensor, ""] | float = 1.0
 
     def refresh(self, damping: Float[Tensor, ""]) -> None:
         """New decompositions from the averaged factors."""
         self.scale = mean_eigenvalue(self.running.factors)
-        if isinstance(self.form, FactoredTikhonov):
-            self.blocks = self._factored(damping)
-            return
-        for name, factors in self.running.factors.items():
-            basis = eigenbasis(factors)
-            self.failures += int(not basis.ok)
-            if bool(basis.ok) or name not in self.bases:
-                self.bases[name] = basis
+        layers = {name: self.running.factors[name] for name in self.layout.block_slices}
+        self.inverses.refresh(layers, damping)
 
-    def inverse(self, damping: Float[Tensor, ""], *, fresh: bool = False) -> dict[str, BlockInverse]:
-        """Every block's inverse. In the eigenbasis a new damping is free; factored inverses are those of the last refresh, or fresh."""
-        if isinstance(self.form, ExactTikhonov):
-            return {name: ExactInverse(basis, damping) for name, basis in self.bases.items()}
-        return self._factored(damping) if fresh else self.blocks
+    def inverse(self, name: str, damping: Float[Tensor, ""], *, fresh: bool = False) -> BlockInverse | None:
+        """A layer's inverse. In the eigenbasis a new damping is free; factored inverses are those of the last refresh, or fresh."""
+        if fresh and not isinstance(self.form, ExactTikhonov):
+            block = invert_block(self.running.factors[name], damping, self.form)
+            return block if bool(block.ok) else None
+        return self.inverses.at(name, damping)
 
     def wants_rows(self, rows: int) -> bool:
         """Whether any layer's proposal is cheaper from the rows of the batch than from its gradient [KFAC, sec. 8]."""
         shapes = [shape for _, shape in self.layout.block_slices.values()]
-        return isinstance(self.form, FactoredTikhonov) and any(low_rank_pays(rows, *shape) for shape in shapes)
+        return not isinstance(self.form, ExactTikhonov) and any(low_rank_pays(rows, *shape) for shape in shapes)
 
     def write(
         self, evaluation: Evaluation, damping: Float[Tensor, ""], into: Float[Tensor, " size"], *, fresh: bool = False
@@ -70,11 +64,12 @@ class Proposals:
             into: the flat buffer for Δ.
             fresh: invert with this damping even where that costs a decomposition.
         """
-        inverse = self.inverse(damping, fresh=fresh)
         proposal = self.layout.blocks(into)
         for name, gradient in self.layout.blocks(evaluation.gradient).items():
-            block, rows = inverse[name], evaluation.rows.get(name)
-            if (
+            block, rows = self.inverse(name, damping, fresh=fresh), evaluation.rows.get(name)
+            if block is None:
+                product = gradient
+            elif (
                 rows
                 and isinstance(block, FactoredInverse)
                 and low_rank_pays(sum(len(a) for a, _ in rows), *gradient.shape)
@@ -87,13 +82,12 @@ class Proposals:
             torch.neg(product, out=proposal[name])
         gradients = self.layout.others(evaluation.gradient)
         for name, part in self.layout.others(into).items():
-            torch.div(gradients[name], -(1 + damping).to(part.dtype), out=part)  # F is taken as the identity there
+            torch.div(gradients[name], -(self._diagonal(name, part) + damping).to(part.dtype), out=part)
 
-    def _factored(self, damping: Float[Tensor, ""]) -> dict[str, BlockInverse]:
-        blocks = dict(self.blocks)
-        for name, factors in self.running.factors.items():
-            block = invert_block(factors, damping, self.form)
-            self.failures += int(not block.ok)
-            if bool(block.ok) or name not in blocks:
-                blocks[name] = block
-        return blocks
+    def _diagonal(self, name: str, part: Tensor) -> Tensor:
+        """diag(F) of a parameter that no layer block holds; the identity unless it is estimated."""
+        block = self.running.factors.get(name)
+        if block is None:
+            return part.new_ones(())
+        A = block.A.vector if isinstance(block.A, Diagonal) else block.A.diagonal()
+        return (A * to_dense(block.G).squeeze()).view_as(part)
