@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -142,9 +142,11 @@ def _kfac(name: str, task: Any, model: nn.Module, seed: int, overrides: dict[str
     make_optimizer = ng.KFAC.paper if name == "kfac-paper" else ng.KFAC
     optimizer = make_optimizer(model, task.likelihood, seed=seed, **_kfac_arguments(settings["arguments"], task))
     in_force = {key: repr(getattr(optimizer, key)) for key in _IN_FORCE if hasattr(optimizer, key)}
-    return Competitor(
-        name, model, optimizer, optimizer.step, ExponentialBatchSize(**growth), {**settings, "in force": in_force}
-    )
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        return cast(Tensor, optimizer.step(x, y))  # None only without inputs
+
+    return Competitor(name, model, optimizer, step, ExponentialBatchSize(**growth), {**settings, "in force": in_force})
 
 
 # What K-FAC chose where the recipe is silent: written beside the results, so that τ's and T's are always there.
