@@ -1,0 +1,1 @@
+"""What natgrad must reach, measured: `python -m benchmarks --help`."""

@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.sweep import main
+
+main(sys.argv[2:])
