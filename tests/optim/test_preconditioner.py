@@ -13,7 +13,7 @@ import natgrad as ng
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 from natgrad.optim.settings import Periods
 
-EVERY_STEP = ng.Renewal(inverses=1)
+EVERY_STEP = ng.Renewal(inverses=1, statistics=1)
 
 
 def mlp(*widths: int, activation: Any = nn.Tanh, seed: int = 0) -> nn.Sequential:
@@ -48,8 +48,8 @@ def plain(model: nn.Module, likelihood: Any, x: Any, y: Any) -> Tensor:
 
 def exact(model: nn.Module, likelihood: Any, **settings: Any) -> ng.Preconditioner:
     """No sampling and no scaling: everything can be compared with a dense twin."""
-    given = {"expectation": "exact", "scaling": None, "periods": EVERY_STEP, "damping": 0.1, **settings}
-    return ng.Preconditioner(model, likelihood, **given)
+    given = {"expectation": "exact", "scaling": None, "periods": EVERY_STEP, "damping": 0.1, "form": ExactTikhonov()}
+    return ng.Preconditioner(model, likelihood, **given | settings)
 
 
 def fisher(model: nn.Module, likelihood: Any, x: Any, **settings: Any) -> Any:
@@ -690,13 +690,13 @@ def test_states_that_do_not_fit_change_nothing() -> None:
         return state
 
     wider = ng.Preconditioner(mlp(4, 5, 3), likelihood).state_dict()
-    factored = ng.Preconditioner(model, likelihood, form=FactoredTikhonov()).state_dict()
+    exact_form = ng.Preconditioner(model, likelihood, form=ExactTikhonov()).state_dict()
     deeper = ng.Preconditioner(mlp(4, 3, 3, 3), likelihood).state_dict()
     cases = {
         r"layer '0': A: expected a tensor of shape \(5, 5\), got shape \(4, 4\)": corrupted(
             lambda s: s["layers"]["0"].update(A=torch.zeros(4, 4))
         ),
-        r"layer '2': QG.*NoneType": corrupted(lambda s: s["layers"]["2"].update(QG=None)),
+        r"layer '2': inverse_G.*NoneType": corrupted(lambda s: s["layers"]["2"].update(inverse_G=None)),
         r"lacks \['steps'\]": corrupted(lambda s: s.pop("steps")),
         r"has unknown \['more'\]": corrupted(lambda s: s.update(more=1)),
         r"the layers of the model.*lacks \['0'\]": corrupted(lambda s: s["layers"].pop("0")),
@@ -704,7 +704,7 @@ def test_states_that_do_not_fit_change_nothing() -> None:
         r"generator": corrupted(lambda s: s.update(generator=torch.zeros(3, dtype=torch.uint8))),
         "version 9": corrupted(lambda s: s.update(version=9)),
         "layer '0': G: expected a tensor of shape": wider,
-        "form=": factored,
+        "form=": exact_form,
         r"has unknown \['4'\]": deeper,
         "expected a mapping": 3,
     }

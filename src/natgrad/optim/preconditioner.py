@@ -11,7 +11,7 @@ from natgrad.curvature.base import Statistics, factors_from
 from natgrad.curvature.cotangents import Expectation, check_expectation, validate_targets
 from natgrad.curvature.kfac import check_captured, collect, statistics_from, trainable_parts
 from natgrad.curvature.running import RunningFactors
-from natgrad.damping import ExactTikhonov, check_damping
+from natgrad.damping import FactoredTikhonov, check_damping
 from natgrad.layers.capture import Capture
 from natgrad.layers.coverage import Coverage, cover
 from natgrad.layers.watch import Watch
@@ -51,7 +51,8 @@ class Preconditioner:
         forward: ``forward(model, inputs) → z``, for :meth:`update` on models that are not called as ``model(inputs)``.
         uncovered: trainable parameters that no factor covers are an ``"error"``, or keep their gradient
             (``"identity"``).
-        form: exact Tikhonov damping, in the eigenbasis of the factors, or the cheaper factored one.
+        form: factored Tikhonov damping, or the exact one in the eigenbasis of the factors (twice the products for
+            every step, decompositions that cost several times as much).
         periods: how often statistics and inverses are renewed.
         scaling: ν; None for 1.
         expectation: ``"sampled"``, ``"exact"`` or ``"empirical"`` (which needs y).
@@ -72,11 +73,11 @@ class Preconditioner:
         likelihood: Likelihood,
         *,
         structure: str = "block_diagonal",
-        damping: float = 1e-2,
+        damping: float = 3e-3,
         seed: int = 0,
         forward: Forward | None = None,
         uncovered: str = "error",
-        form: Tikhonov = ExactTikhonov(),
+        form: Tikhonov = FactoredTikhonov(),
         periods: Periods = Renewal(),
         scaling: KLClip | None = KLClip(),
         expectation: Expectation = "sampled",
@@ -116,7 +117,7 @@ class Preconditioner:
     def damping(self, value: float) -> None:
         check_damping(value)
         if not value > 0:
-            raise ValueError(f"damping={value}: expected a positive number, such as 1e-2")
+            raise ValueError(f"damping={value}: expected a positive number, such as 3e-3")
         self._damping = float(value)
 
     @property

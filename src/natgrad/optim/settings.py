@@ -69,7 +69,8 @@ class Renewal(Periods):
         statistics: the factors are estimated anew every so many steps.
     """
 
-    statistics: int = 1
+    inverses: int = 20
+    statistics: int = 5
 
     def __post_init__(self) -> None:
         if self.inverses < 1 or self.statistics < 1:
