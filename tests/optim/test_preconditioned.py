@@ -6,60 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from oracles.classifier import LIKELIHOOD, blobs, mlp, train
 from torch import Tensor, nn
 
 import natgrad as ng
-
-LIKELIHOOD = ng.Categorical()
-
-
-def mlp(*widths: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for i, (d_in, d_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-        layers += [nn.ReLU(inplace=True)] if i else []
-        layers.append(nn.Linear(d_in, d_out))
-    return nn.Sequential(*layers).to(dtype)
-
-
-def blobs(n: int = 1200, d: int = 20, classes: int = 8, seed: int = 4) -> tuple[Tensor, Tensor]:
-    """Classes that a badly conditioned mixing of the inputs makes slow to tell apart for gradient descent."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(0))
-    y = torch.randint(classes, (n,), generator=generator)
-    x = centres[y] + 0.7 * torch.randn(n, d, generator=generator)
-    mixing = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(1)))[0]
-    return x @ mixing * torch.logspace(0.5, -1.5, d), y
-
-
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    with torch.no_grad():
-        return (model(x).argmax(1) == y).float().mean().item()
-
-
-def train(
-    model: nn.Module, optimizer: Any, pre: ng.Preconditioner | None, epochs: int, scheduler: Any = None, parts: int = 1
-) -> list[float]:
-    """A user's loop; the test accuracy after every epoch."""
-    x, y = blobs()
-    x_test, y_test = blobs(600, seed=5)
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=generator).split(100):
-            optimizer.zero_grad()
-            for part in rows.chunk(parts):
-                z = model(x[part])
-                loss = LIKELIHOOD.nll(z, y[part]) / parts
-                if pre is not None:
-                    pre.observe(z)
-                loss.backward()
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-        found.append(accuracy(model, x_test, y_test))
-    return found
-
 
 SGD = {"lr": 0.1, "momentum": 0.9}
 ADAMW = {"lr": 1e-2}
@@ -258,76 +208,6 @@ def test_grad_scaler() -> None:
             scaler.update()
         results.append(nn.utils.parameters_to_vector(model.parameters()))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
-
-
-def make(kind: str, seed: int = 0, **settings: Any) -> tuple[nn.Module, ng.Preconditioned]:
-    model = mlp(20, 32, 8, seed=seed)
-    parameters: Any = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.01}]
-    inner = (
-        torch.optim.SGD(parameters, lr=0.1)
-        if kind == "SGD"
-        else torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1)
-    )
-    return model, ng.Preconditioned(inner, ng.Preconditioner(model, LIKELIHOOD, **settings))
-
-
-@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
-@pytest.mark.parametrize("through", ["torch.save", "checkpoint"])
-def test_resuming_equals_an_uninterrupted_run(kind: str, through: str, tmp_path: Any) -> None:
-    model, optimizer = make(kind, periods=ng.Renewal(inverses=5), seed=0)
-    train(model, optimizer, optimizer.pre, 1)
-    other, resumed = make(kind, seed=3, periods=ng.Renewal(inverses=5))
-    if through == "torch.save":
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
-        loaded = torch.load(tmp_path / "state.pt", weights_only=True)
-        other.load_state_dict(loaded["model"])
-        resumed.load_state_dict(loaded["optimizer"])
-    else:
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        dcp.save({"m": model_state, "o": optimizer_state}, checkpoint_id=tmp_path / "state", no_dist=True)
-        before = nn.utils.parameters_to_vector(other.parameters())
-        model_state, optimizer_state = get_state_dict(other, resumed)  # makes a step with every lr 0
-        assert torch.equal(before, nn.utils.parameters_to_vector(other.parameters()))
-        loaded = {"m": model_state, "o": optimizer_state}
-        dcp.load(loaded, checkpoint_id=tmp_path / "state", no_dist=True)
-        set_state_dict(other, resumed, model_state_dict=loaded["m"], optim_state_dict=loaded["o"])
-    train(model, optimizer, optimizer.pre, 1)
-    train(other, resumed, resumed.pre, 1)
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
-    assert dict(optimizer.pre.stats) == dict(resumed.pre.stats)
-
-
-def test_states_that_do_not_fit_change_nothing() -> None:
-    model, optimizer = make("AdamW")
-    train(model, optimizer, optimizer.pre, 1)
-    before = copy.deepcopy(optimizer.state_dict())
-    other_model, other = make("AdamW", seed=0)
-    train(other_model, other, other.pre, 2)
-
-    def corrupted(change: Any) -> dict[str, Any]:
-        state = copy.deepcopy(other.state_dict())
-        change(state)
-        return state
-
-    cases = {
-        "holds no preconditioner's state": other.inner.state_dict(),
-        "lacks 'param_groups'": {"state": {}},
-        r"its groups hold \[2, 2\]": corrupted(lambda s: s["param_groups"].pop()) | {},
-        r"layer '2': the state lacks \['A'\]": corrupted(lambda s: s["state"][2].pop("natgrad.A")),
-        r"layer '0': G: expected": corrupted(lambda s: s["state"][0].update({"natgrad.G": torch.zeros(3)})),
-    }
-    cases[r"groups hold \[2\] parameters, those of the optimiser \[2, 2\]"] = cases.pop(r"its groups hold \[2, 2\]")
-    for message, state in cases.items():
-        with pytest.raises(ValueError, match=message):
-            optimizer.load_state_dict(state)
-        now = optimizer.state_dict()
-        for i, saved in before["state"].items():
-            assert all(torch.equal(value, now["state"][i][key]) for key, value in saved.items())
-        assert now["param_groups"] == before["param_groups"]
 
 
 def test_is_an_optimiser_like_any_other() -> None:
