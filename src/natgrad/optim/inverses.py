@@ -38,6 +38,7 @@ class LayerInverses:
             exact = isinstance(self.form, ExactTikhonov)
             new = eigenbasis(block) if exact else invert_block(block, damping, self.form)
             if bool(new.ok):
+                assert isinstance(new, Eigenbasis | FactoredInverse)  # for the type checker
                 self._kept[name] = new
                 self._exact.pop(name, None)
             else:

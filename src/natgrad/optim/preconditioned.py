@@ -183,8 +183,9 @@ class Preconditioned(torch.optim.Optimizer):
 
     def _anchors(self) -> dict[str, int]:
         """Layer → id of the parameter that its state is saved with."""
-        members = self.pre.coverage().members.items()
-        return {name: id(self.pre.view.parameters[weight or bias]) for name, (weight, bias) in members}
+        coverage, parameters = self.pre.coverage(), self.pre.view.parameters
+        first = {name: next(m for m in members if m is not None) for name, members in coverage.members.items()}
+        return {name: id(parameters[member]) for name, member in first.items()}
 
     def _finite(self) -> bool:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
