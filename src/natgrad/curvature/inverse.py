@@ -166,7 +166,8 @@ def _basis(factor: Tensor | Diagonal, check: bool, what: str) -> tuple[Tensor | 
             raise ValueError(f"{what} holds NaN or infinite values")
         return None, factor.vector.clamp(min=0), torch.isfinite(factor.vector).all()
     values, vectors, ok = safe_eigh(factor, check=check, what=what)
-    return vectors, values.clamp(min=0), ok
+    # By rows, whatever the backend returns: products round alike when a checkpoint brings the same numbers back.
+    return vectors.contiguous(), values.clamp(min=0), ok
 
 
 def _inverted(M: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:

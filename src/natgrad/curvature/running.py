@@ -45,6 +45,8 @@ class RunningFactors:
             zero = {name: Factors(_zeros(factors.A), _zeros(factors.G)) for name, factors in estimate.items()}
             self.factors = zero
         self.updates = self.updates + usable
+        if usable.device.type == "cpu" and not usable:  # reading it costs nothing there, a select over matrices does
+            return usable
         epsilon = torch.clamp(1 - 1 / self.updates.clamp(min=1), max=self.decay)
         for name, new in estimate.items():
             old = self.factors[name]
@@ -80,5 +82,7 @@ def _average(old: Tensor | Diagonal, new: Tensor | Diagonal, epsilon: Tensor, us
     if isinstance(old, Diagonal) != isinstance(new, Diagonal):
         old, new = to_dense(old), to_dense(new)
     values, estimate = _values(old), _values(new)
-    values.lerp_(torch.where(usable, estimate, values), (1 - epsilon).to(values.dtype))
+    if usable.device.type != "cpu":
+        estimate = torch.where(usable, estimate, values)
+    values.lerp_(estimate, (1 - epsilon).to(values.dtype))
     return Diagonal(values) if isinstance(old, Diagonal) else values

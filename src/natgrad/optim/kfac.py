@@ -5,6 +5,7 @@ One update, in the order of the paper: gradient and sampled statistics of the mi
 (every T₂). Every decision is a tensor on the device; a number reaches Python only when somebody reads ``stats``.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from natgrad.layers.coverage import Coverage, cover
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView, batch_size
 from natgrad.operators.linearize import Chain
+from natgrad.optim import kfac_state
 from natgrad.optim.batches import micro_batches
 from natgrad.optim.evaluation import Evaluation, Evaluator
 from natgrad.optim.layout import JointLayout
@@ -195,6 +197,28 @@ class KFAC(torch.optim.Optimizer):
     def coverage(self) -> Coverage:
         """What is treated how; ``print`` it for a table with parameter counts."""
         return self._coverage
+
+    def state_dict(self) -> dict[str, Any]:
+        """δ₀, factors, inverses, λ, γ, counters and the random stream: tensors and plain numbers.
+
+        The form is that of every torch optimiser: ``"state"`` by parameter, ``"param_groups"`` for the rest. Nothing in it
+        carries the name of a rank or of a wrapper.
+        """
+        state = super().state_dict()
+        state["state"] = dict(enumerate(kfac_state.save_tensors(self)))
+        state["param_groups"][0] |= kfac_state.save_numbers(self)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a :meth:`state_dict`, bit for bit on the same machine with the same number of threads.
+
+        Raises:
+            ValueError: the state is of another model or other settings; what does not fit is named, and nothing was changed.
+        """
+        numbers, tensors = kfac_state.check(self, state_dict)
+        group = {key: value for key, value in numbers.items() if key in self.param_groups[0]}
+        super().load_state_dict({"state": {}, "param_groups": [group]})
+        kfac_state.load(self, numbers, tensors)
 
     def _step_without_data(self) -> None:
         """``step()`` with every lr at 0, as distributed checkpointing calls it: all state exists from the start."""

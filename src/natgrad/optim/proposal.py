@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.curvature.base import Diagonal, to_dense
 from natgrad.curvature.inverse import BlockInverse, FactoredInverse, invert_block
 from natgrad.curvature.running import RunningFactors, mean_eigenvalue
 from natgrad.damping import ExactTikhonov
@@ -89,5 +88,4 @@ class Proposals:
         block = self.running.factors.get(name)
         if block is None:
             return part.new_ones(())
-        A = block.A.vector if isinstance(block.A, Diagonal) else block.A.diagonal()
-        return (A * to_dense(block.G).squeeze()).view_as(part)
+        return (block.A.vector * block.G.vector).view_as(part)
