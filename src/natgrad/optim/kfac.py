@@ -114,6 +114,7 @@ class KFAC(torch.optim.Optimizer):
         real = torch.float64 if view.device.type != "mps" else torch.float32
         scalar = torch.zeros((), dtype=real, device=view.device)
         self._update_number = 0
+        self._searching = self.damping.value is None
         self._lam = scalar + (self.damping.value if self.damping.value is not None else torch.nan)
         self._gamma = (self._lam + l2).sqrt()
         self._running = RunningFactors(decay)
@@ -170,11 +171,9 @@ class KFAC(torch.optim.Optimizer):
         if inputs is None:
             return self._step_without_data()
         batches = micro_batches(inputs, targets, micro_batch_size)
-        searching = self.damping.value is None and self._update_number == 0
-        subsets = Subsets(self.subsets.factors, 1.0) if searching else self.subsets
         evaluation = self._evaluator(
             batches,
-            subsets,
+            self.subsets,
             self._generator,
             self._gradient,
             keep_rows=self.proposals.wants_rows(sum(batch_size(x) for x, _ in batches)),
@@ -184,11 +183,9 @@ class KFAC(torch.optim.Optimizer):
         self._add_l2(evaluation.gradient)
         self._running.update(factors_from(evaluation.statistics), finite)
         self._tie_gamma()
-        if self.periods.due(self._update_number):
-            self.proposals.refresh(self._gamma**2)
-        if searching:
-            self._lam = self._trials.first_damping(evaluation, self._gamma_ratio, self.l2, self._proposal)
-            self._tie_gamma(start=True)
+        if self._searching:
+            self._search(evaluation, finite)
+        elif self.periods.due(self._update_number):
             self.proposals.refresh(self._gamma**2)
         self._adapt_gamma(evaluation)
         self._update(evaluation, finite)
@@ -226,6 +223,15 @@ class KFAC(torch.optim.Optimizer):
             raise TypeError(
                 "step: inputs are missing; expected step(inputs, targets), for K-FAC evaluates the model itself"
             )
+
+    def _search(self, evaluation: Evaluation, finite: Tensor) -> None:
+        """Find λ on the first batch that is finite; waits for the device, this once."""
+        if not finite:
+            return
+        self._searching = False
+        self._lam = self._trials.first_damping(evaluation, self._gamma_ratio, self.l2, self._proposal)
+        self._tie_gamma(start=True)
+        self.proposals.refresh(self._gamma**2)
 
     @property
     def _gamma_ratio(self) -> float:

@@ -12,7 +12,7 @@ class Damping:
     """λ and γ: how they start, how they enter the inverse and how they move.
 
     Args:
-        value: λ at the first update (without η). None: the best of a geometric grid, by the actual decrease of the loss on
+        value: λ at the first update (without η). None: the power of ten that lowers the loss of
             the first batch.
         form: how damping enters the inverse of a block: exact or factored Tikhonov.
         rule: the λ rule, or None to keep λ.
