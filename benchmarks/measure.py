@@ -16,6 +16,17 @@ from natgrad_lab.runner import Diverged, Runner
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+CASES = 10_000  # training and test cases of an evaluation
+
+
+def command() -> str:
+    """What was typed, as far as the results depend on it."""
+    kept, skip = [], False
+    for argument in sys.argv[1:]:
+        if not skip and argument.partition("=")[0] not in ("--recipe", "--out"):
+            kept.append(argument)
+        skip = not skip and argument in ("--recipe", "--out")
+    return " ".join(["python -m benchmarks", *kept])
 
 
 def one_thread() -> None:
