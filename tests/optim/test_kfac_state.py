@@ -74,8 +74,9 @@ def test_resuming_equals_an_uninterrupted_run(form: Any, way: str) -> None:
 
 def test_resuming_with_the_gamma_rule_and_an_lr_schedule() -> None:
     def make(model: nn.Module) -> tuple[ng.KFAC, torch.optim.lr_scheduler.StepLR]:
-        opt = ng.KFAC.paper(model, ng.Bernoulli(), seed=1, uncovered="identity", periods=Periods(2), damping=Damping(
-            10.0, FactoredTikhonov(), gamma=ng.GreedyGamma(every=4)))  # fmt: skip
+        damping = Damping(10.0, FactoredTikhonov(), gamma=ng.GreedyGamma(every=4))
+        settings = {"uncovered": "identity", "periods": Periods(2), "damping": damping}
+        opt = ng.KFAC.paper(model, ng.Bernoulli(), seed=1, **settings)
         return opt, torch.optim.lr_scheduler.StepLR(opt, step_size=3, gamma=0.5)
 
     def train(opt: ng.KFAC, scheduler: Any, first: int, last: int) -> list[float]:

@@ -6,21 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from oracles.kfac import mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import natgrad as ng
 
 LIKELIHOOD = ng.Categorical()
-
-
-def mlp(*widths: int, activation: Any = nn.Tanh, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for i, (d_in, d_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-        layers += [activation()] if i else []
-        layers.append(nn.Linear(d_in, d_out))
-    return nn.Sequential(*layers).double()
 
 
 def data(n: int = 12, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
