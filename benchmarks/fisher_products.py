@@ -1,69 +1,69 @@
 """What a product with the exact Fisher costs: one column, eight columns at once, eight columns one after the other.
 
-The MNIST autoencoder's widths on random data, float32, one thread; CPU seconds, in units of one forward and backward pass of
-the same batch. Run ``python benchmarks/fisher_products.py``; an argument changes the batch size (default 1000).
+The MNIST autoencoder on random data, float32; CPU-seconds of one thread, in units of one forward and backward pass of
+the same batch: the least of a few measurements of each, taken in turn.
 """
 
-import itertools
-import sys
-import time
-from collections.abc import Callable
+import argparse
+from typing import Any
 
 import torch
-from torch import nn
 
+from benchmarks.measure import cpu_seconds, in_turns
+from benchmarks.report import save, table
 from natgrad import Bernoulli, Fisher
+from natgrad_lab.models import ENCODERS, autoencoder
 
-WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 COLUMNS = 8
-REPEATS = 5
+REPEATS = 6  # the first warms up; it can only be slower
 
 
-def autoencoder() -> nn.Sequential:
-    layers = [part for d, k in itertools.pairwise(WIDTHS) for part in (nn.Linear(d, k), nn.Tanh())]
-    return nn.Sequential(*layers[:-1])
-
-
-def cpu_seconds(tasks: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The least of a few measurements of each task, taken in turn so that a busy machine disturbs all alike."""
-    best = dict.fromkeys(tasks, float("inf"))
-    for _ in range(REPEATS + 1):  # the first round warms up; it can only be slower
-        for name, task in tasks.items():
-            start = time.process_time()
-            task()
-            best[name] = min(best[name], time.process_time() - start)
-    return best
-
-
-def main(batch: int = 1000) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model, x, likelihood = autoencoder(), torch.rand(batch, WIDTHS[0]), Bernoulli()
+def measure(batch: int, encoder: tuple[int, ...] = ENCODERS["mnist"]) -> dict[str, float]:
+    """CPU-seconds by what was done."""
+    generator = torch.Generator().manual_seed(0)
+    model, likelihood = autoencoder(encoder, activation="tanh", seed=0), Bernoulli()
+    x = torch.rand(batch, encoder[0], generator=generator)
     fisher = Fisher(model, likelihood, x)
-    v = torch.randn(fisher.shape[0], COLUMNS)
+    v = torch.randn(fisher.shape[0], COLUMNS, generator=generator)
 
     def forward_backward() -> None:
         model.zero_grad()
         likelihood.nll(model(x), x).backward()
 
-    seconds = cpu_seconds(
-        {
-            "forward + backward": forward_backward,
-            "make the operator": lambda: Fisher(model, likelihood, x),
-            "1 column": lambda: fisher @ v[:, 0],
-            "1 quadratic form": lambda: fisher.quadratic_form(v[:, 0]),
-            f"{COLUMNS} columns at once": lambda: fisher @ v,
-            f"{COLUMNS} columns, one by one": lambda: [fisher @ column for column in v.T],
-        }
-    )
+    calls = {
+        "forward + backward": forward_backward,
+        "make the operator": lambda: Fisher(model, likelihood, x),
+        "1 column": lambda: fisher @ v[:, 0],
+        "1 quadratic form": lambda: fisher.quadratic_form(v[:, 0]),
+        f"{COLUMNS} columns at once": lambda: fisher @ v,
+        f"{COLUMNS} columns, one by one": lambda: [fisher @ column for column in v.T],
+    }
+    turns = {name: (lambda call=call: cpu_seconds(call)) for name, call in calls.items()}
+    return {name: min(values) for name, values in in_turns(turns, REPEATS).items()}
+
+
+def product_table(seconds: dict[str, float]) -> str:
+    """Seconds, and multiples of one forward and backward pass."""
     unit = seconds["forward + backward"]
-    print(f"widths {'-'.join(map(str, WIDTHS))}, m = {batch}, torch {torch.__version__}, one thread")
-    print(f"{'':26}{'seconds':>10}{'ratio':>10}")
-    for name, value in seconds.items():
-        print(f"{name:26}{value:10.3f}{value / unit:10.2f}")
-    together, apart = seconds[f"{COLUMNS} columns at once"], seconds[f"{COLUMNS} columns, one by one"]
-    print(f"at once / one by one: {together / apart:.2f}")
+    return table(["", "seconds", "passes"], [[name, value, value / unit] for name, value in seconds.items()])
 
 
-if __name__ == "__main__":
-    main(*(int(argument) for argument in sys.argv[1:]))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, default=1000, help="m (default: %(default)s)")
+
+
+def main(options: argparse.Namespace) -> None:
+    seconds = measure(options.batch_size)
+    record: dict[str, Any] = {"batch_size": options.batch_size, "seconds": seconds}
+    save(
+        "fisher-products",
+        "Products with the exact Fisher",
+        [
+            f"The MNIST autoencoder, m = {options.batch_size}, CPU-seconds of one thread. A pass is one forward and "
+            "backward pass of the same batch.",
+            product_table(seconds),
+        ],
+        record,
+        command=options.command,
+        folder=options.out,
+    )

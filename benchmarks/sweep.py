@@ -1,9 +1,9 @@
-"""The baselines' settings: learning rate x batch size for Adam and Nesterov SGD, the same CPU-seconds for every setting.
+"""The baselines' settings: learning rate x batch size for Adam and Nesterov SGD, the same CPU-seconds for each.
 
-All settings of a task take turns, so that a noisy machine disturbs all alike, and all get the whole budget: on the plateau
-where these networks start, half of a budget says nothing about the other half. The score is the training error at the end:
-the better of the iterate and of the running average with xi = 0.99. The winners and all results are written to
-src/natgrad_lab/recipes/baselines.json, where `natgrad race` and the benchmarks find them.
+All settings of a task take turns, so that a noisy machine disturbs all alike, and all get the whole budget: on the
+plateau where these networks start, half of a budget says nothing about the other half. The score is the training
+error at the end: the better of the iterate and of the running average with xi = 0.99. The winners and all results are
+written to src/natgrad_lab/recipes/baselines.json, where `natgrad race` and the benchmarks find them.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import CASES, ROOT, command, load, run_cpu, say, table
+from benchmarks.measure import CASES, ROOT, load, run_cpu, say
+from benchmarks.report import save, table
 from natgrad_lab import optimizers
 from natgrad_lab.records import environment, finite
 from natgrad_lab.runner import XI, Diverged, Runner
@@ -29,10 +30,11 @@ BUDGETS: dict[str, float] = {"curves": 40.0, "digits": 6.0, "mnist": 30.0}
 SLICES = 10  # turns that each setting takes
 COLUMNS = ("optimizer", "lr", "batch_size", "updates", "train_error", "test_error", "note")
 ABOUT = (
-    "Settings of the first-order methods, found by the command below: learning rate x batch size, the same CPU-seconds of "
-    "one thread for every setting of a task, tanh units, seed 0. train_error is the better of the iterate and of the running "
-    f"average (xi = {XI}) on {CASES} training cases at the end of the budget. 'nesterov' is Nesterov SGD with the momentum "
-    "schedule of Sutskever et al. (2013) and mu_max = 0.99. No sweep was made for faces: they use the settings of mnist."
+    "Settings of the first-order methods, found by the command below: learning rate x batch size, the same CPU-seconds "
+    "of one thread for every setting of a task, tanh units, seed 0. train_error is the better of the iterate and of the "
+    f"running average (xi = {XI}) on {CASES} training cases at the end of the budget. 'nesterov' is Nesterov SGD with "
+    "the momentum schedule of Sutskever et al. (2013) and mu_max = 0.99. No sweep was made for faces: they use the "
+    "settings of mnist."
 )
 
 
@@ -83,27 +85,44 @@ def best(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return winners
 
 
-def write(path: Path, results: dict[str, list[dict[str, Any]]], budgets: dict[str, float]) -> None:
-    """The recipe: the winners by task, and how they were found."""
+def recipe(results: dict[str, list[dict[str, Any]]], budgets: dict[str, float], command: str) -> dict[str, Any]:
+    """The winners by task, and how they were found."""
     found = {task: best(rows) for task, rows in results.items()}
     faces = {"faces": found["mnist"]} if "mnist" in found else {}
     surroundings = {k: v for k, v in environment().items() if k != "command"}
-    record = {"about": ABOUT, "command": command(), "cpu_seconds": budgets, **found, **faces, "results": results}
-    text = json.dumps(finite({**record, "environment": surroundings}), indent=1, allow_nan=False)
-    # innermost mappings on one line each: a table that can be read
+    record = {"about": ABOUT, "command": command, "cpu_seconds": budgets, **found, **faces, "results": results}
+    return finite({**record, "environment": surroundings})
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """As JSON, the innermost mappings on one line each: a table that can be read."""
+    text = json.dumps(record, indent=1, allow_nan=False)
     path.write_text(re.sub(r"\{[^{}\[\]]*\}", lambda row: " ".join(row.group().split()), text) + "\n", encoding="utf-8")
+
+
+def tables(record: dict[str, Any]) -> list[str]:
+    """What was tried, by task; the best of each optimiser first."""
+    parts = []
+    for task, rows in record["results"].items():
+        parts.append(f"{task}, {record['cpu_seconds'][task]:g} CPU-seconds for each setting:")
+        parts.append(table(COLUMNS, [[row[key] for key in COLUMNS] for row in rows]))
+    return parts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", default=",".join(BUDGETS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiply all budgets by this (default: %(default)s)")
-    parser.add_argument("--recipe", type=Path, default=RECIPE, help="the file to write (default: the recipe of the bench)")
+    parser.add_argument(
+        "--recipe", type=Path, default=RECIPE, help="the file to write (default: the recipe of the bench)"
+    )
 
 
 def main(options: argparse.Namespace) -> None:
     budgets = {name: BUDGETS[name] * options.scale for name in options.tasks.split(",")}
     results: dict[str, list[dict[str, Any]]] = {}
+    record: dict[str, Any] = {}
     for name, seconds in budgets.items():
         results[name] = sweep(load(name), seconds)
-        write(options.recipe, results, budgets)
-        print(f"{name}\n\n{table(COLUMNS, [[row[key] for key in COLUMNS] for row in results[name]])}\n", flush=True)
+        record = recipe(results, budgets, options.command)
+        write(options.recipe, record)
+    save("sweep", "The sweep", [ABOUT, *tables(record)], record, command=options.command, folder=options.out)
