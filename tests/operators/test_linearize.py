@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from natgrad.model_view import ModelView
-from natgrad.operators.linearize import Chain, jacobian_products
+from natgrad.operators.chain import Chain
+from natgrad.operators.linearize import jacobian_products
 
 
 def _mlp(bias: bool) -> nn.Sequential:

@@ -237,6 +237,13 @@ class _Hook:
         return _Hook, (None,)
 
 
+def foreign_hooks(module: nn.Module) -> bool:
+    """Whether somebody else's hooks may change what goes into a module, comes out of it or flows back."""
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return any(not isinstance(hook, _Hook) for hook in module._forward_hooks.values())
+
+
 def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()

@@ -63,10 +63,25 @@ def score(likelihood: Likelihood, z: Float[Tensor, "batch ..."], y: Any) -> Floa
     own = getattr(likelihood, "score", None)
     if own is not None:
         return own(z, y)
+    return _differentiated(likelihood, z, y)[1]
+
+
+def nll_and_score(
+    likelihood: Likelihood, z: Float[Tensor, "batch ..."], y: Any
+) -> tuple[Float[Tensor, ""], Float[Tensor, "batch ..."]]:
+    """The summed nll (divided by nothing) and its derivative with respect to z: its own, or by differentiation."""
+    own = getattr(likelihood, "nll_and_score", None)
+    if own is not None:
+        return own(z, y)
+    return _differentiated(likelihood, z, y)
+
+
+def _differentiated(likelihood: Likelihood, z: Tensor, y: Any) -> tuple[Tensor, Tensor]:
+    leaf = z.detach().requires_grad_()
     with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(likelihood.nll(leaf, y, count=1), leaf)
-    return gradient
+        nll = likelihood.nll(leaf, y, count=1)
+    (derivative,) = torch.autograd.grad(nll, leaf)
+    return nll.detach(), derivative
 
 
 class Normalised(ABC):
@@ -107,6 +122,10 @@ class Normalised(ABC):
         if weight is not None:
             losses = losses * expand_weight(weight, losses)
         return losses.sum() / (self.count(z, y, weight) if count is None else count)
+
+    def nll_and_score(self, z: Tensor, y: Tensor) -> tuple[Float[Tensor, ""], Float[Tensor, "batch ..."]]:
+        """``nll(z, y, count=1)`` and its derivative with respect to z, without a graph."""
+        return _differentiated(self, z, y)
 
     def count(self, z: Tensor, y: Tensor | None = None, weight: Tensor | None = None) -> Float[Tensor, ""]:
         """What ``nll`` divides by: a 0-d tensor in z's dtype.

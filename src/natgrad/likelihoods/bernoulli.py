@@ -1,9 +1,14 @@
 """Independent binary outputs with logits z: binary cross-entropy."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.likelihoods.base import Normalised, diagonal_factor, own_weight, trailing_weight
+
+
+# Factors of a product whose logarithm is taken once: 2^-64 is far from what single precision cannot hold.
+_FACTORS = 64
 
 
 class Bernoulli(Normalised):
@@ -46,6 +51,24 @@ class Bernoulli(Normalised):
             pos_weight=trailing_weight("pos_weight", self.pos_weight, z),
             reduction="none",
         )
+
+    def nll_and_score(self, z: Tensor, y: Tensor) -> tuple[Float[Tensor, ""], Float[Tensor, "batch ..."]]:
+        """``Σ losses`` and ``σ(z) − y``, without a graph; one exponential per output serves both.
+
+        ``losses = max(z, 0) − y z − log max(σ(z), σ(−z))``; the logarithm is taken of products of 64 numbers in [½, 1].
+        """
+        if self.weight is not None or self.pos_weight is not None:
+            return super().nll_and_score(z, y)
+        self.check(z, y)
+        z, y = z.detach(), y.to(z.dtype)
+        derivative = torch.sigmoid(z)
+        larger = (1 - derivative).to(torch.promote_types(z.dtype, torch.float32)).flatten()
+        torch.maximum(larger, derivative.flatten(), out=larger)
+        derivative -= y
+        whole = larger.numel() // _FACTORS * _FACTORS
+        log = larger[:whole].view(-1, _FACTORS).prod(1).log().sum() + larger[whole:].log().sum()
+        linear = torch.relu(z).addcmul_(z, y, value=-1).sum(dtype=log.dtype)
+        return linear - log, derivative
 
     def curvature_weight(self, z: Tensor, y: Tensor | None = None, weight: Tensor | None = None) -> Tensor | None:
         """The weights, times ``1 + (pos_weight − 1) y``; None for ones.

@@ -1,8 +1,9 @@
 """Loss, gradient and curvature statistics of a batch, in one walk over its chunks.
 
-The rows that curvature is estimated from (τ₂ m of them, the first τ₁ m of those for the factors [KFAC, sec. 8]) form a chunk
-of their own. Its single forward pass serves the gradient, the backward pass with sampled targets and the linearised pass; the
-other rows see nothing but the gradient.
+Curvature is estimated from τ₂ m rows, the first τ₁ m of those serve the factors [KFAC, sec. 8]. In a plain chain of layers
+their derivatives are taken by hand, from a forward pass that all rows share. In any other model they form a chunk of their
+own, whose single forward pass serves the gradient, the backward pass with sampled targets and the linearised pass; the other
+rows see nothing but the gradient.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,8 +20,9 @@ from natgrad.curvature.kfac import check_captured, statistics_from, trainable_pa
 from natgrad.curvature.uncovered import couples_examples, squared_gradients
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.factors import flatten_rows
-from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods import Likelihood, nll_and_score
 from natgrad.model_view import ModelView, Replay, batch_size, select_rows
+from natgrad.operators.chain import Chain, ChainRecord
 from natgrad.optim.layout import JointLayout
 from natgrad.optim.settings import Subsets
 from natgrad.optim.static import StaticInputs
@@ -53,6 +55,19 @@ class Evaluation:
 
 
 @dataclass
+class _Pass:
+    """A recorded forward pass."""
+
+    record: Record
+    z: Tensor
+    inputs: Any
+    targets: Any
+    replay: Replay | None = None
+    sampled: int = 0  # so many leading rows get sampled targets; with any, all rows are curvature rows
+    gradient: bool = True  # whether the rows add to loss and gradient
+
+
+@dataclass
 class Evaluator:
     """Evaluates batches of one model.
 
@@ -61,6 +76,7 @@ class Evaluator:
         likelihood: p(y | z).
         capture: of the covered layers.
         layout: of flat vectors.
+        chain: the model as a chain, if it is one.
         static: inputs that are the same at every update, or None.
         diagonal: names of parameters outside of the layers whose diagonal of F is estimated too.
         checked: whether a batch was compared with what model and likelihood expect; done once.
@@ -70,6 +86,7 @@ class Evaluator:
     likelihood: Likelihood
     capture: Capture
     layout: JointLayout
+    chain: Chain | None = None
     static: StaticInputs | None = None
     diagonal: tuple[str, ...] = ()  # uncovered parameters whose diagonal Fisher is estimated
     checked: bool = False
@@ -98,86 +115,92 @@ class Evaluator:
         tapes: list[Tape] = []
         rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for inputs, targets in batches:
-            for chunk_inputs, chunk_targets, sampled_rows in self._split(inputs, targets, subsets, generator):
-                replay = self.view.snapshot() if sampled_rows else None
-                with torch.enable_grad(), self.view.curvature_pass(), self.capture.record() as record:
-                    z = self.view(chunk_inputs)
+            for part in self._passes(inputs, targets, subsets, generator):
                 if not self.checked:
-                    check_captured(record, z)
-                    validate_targets(self.likelihood, z.detach(), chunk_targets)
-                derivative, nll, chunk_count = self._loss(z, chunk_targets)
-                gradients = self._accumulate(record, z, derivative, into, retain=bool(sampled_rows))
-                total += nll
-                count += chunk_count
-                if keep_rows:
-                    for name, found in record.inputs.items():
-                        pairs = zip(found, gradients[name], strict=True)
-                        rows.setdefault(name, []).extend((flatten_rows(a), flatten_rows(g)) for a, g in pairs)
-                if sampled_rows and replay is not None:
-                    new = self._statistics(record, z, chunk_inputs, chunk_targets, sampled_rows, generator)
+                    check_captured(part.record, part.z)
+                    validate_targets(self.likelihood, part.z.detach(), part.targets)
+                known = self.static.factors(part.record, part.inputs) if self.static is not None else None
+                nll, derivative = nll_and_score(self.likelihood, part.z, part.targets)
+                part_count = torch.as_tensor(self.likelihood.count(part.z.detach(), part.targets), device=into.device)
+                if part.gradient:
+                    gradients = self._accumulate(part.record, part.z, derivative, into, retain=bool(part.sampled))
+                    total += nll
+                    count += part_count
+                    if keep_rows:
+                        _keep_rows(part.record, gradients, rows)
+                if part.sampled and part.replay is not None:
+                    new = self._statistics(part, known, generator)
                     statistics = new if statistics is None else statistics + new
-                    layer_inputs = {name: found[0].detach() for name, found in record.inputs.items() if len(found) == 1}
-                    tapes.append(
-                        Tape(
-                            chunk_inputs, chunk_targets, replay, layer_inputs, z.detach(), derivative, nll, chunk_count
-                        )
-                    )
-                del record, z
+                    layer_inputs = {name: found[0] for name, found in part.record.inputs.items() if len(found) == 1}
+                    z = part.z.detach()
+                    tape = Tape(part.inputs, part.targets, part.replay, layer_inputs, z, derivative, nll, part_count)
+                    tapes.append(tape)
         into /= count
         self.checked = True
         return Evaluation(total / count, into, statistics, tapes, count, rows)
 
-    def _statistics(
-        self, record: Record, z: Tensor, inputs: Any, targets: Any, rows: int, generator: torch.Generator
-    ) -> Statistics:
-        """Of the leading rows of a chunk: Kronecker factors, and the diagonal where it is wanted."""
-        statistics = statistics_from(
-            record,
-            z,
-            self.likelihood,
-            rows=rows,
-            targets=targets,
-            generator=generator,
-            input_factors=self.static.factors(record, inputs) if self.static is not None else None,
-        )
-        if self.diagonal:
-            leading = slice(0, rows)
-            squares = squared_gradients(
-                self.view,
-                self.likelihood,
-                select_rows(inputs, leading),
-                self.diagonal,
-                expectation="sampled",
-                y=select_rows(targets, leading),
-                generator=generator,
-            )
-            for name, square in squares.items():  # diag(F) as a block diag(d) ⊗ 1
-                statistics.layers[name] = LayerSums(square.flatten(), square.new_full((1,), rows), rows)
-        return statistics
-
-    def _split(
-        self, inputs: Any, targets: Any, subsets: Subsets, generator: torch.Generator
-    ) -> Iterator[tuple[Any, Any, int]]:
-        """The curvature rows, then the rest: (inputs, targets, number of leading rows that get sampled targets)."""
+    def _passes(self, inputs: Any, targets: Any, subsets: Subsets, generator: torch.Generator) -> Iterator[_Pass]:
+        """Forward passes that hold every row once for the gradient, and the curvature rows together."""
         size = batch_size(inputs)
         sampled, wanted = subsets.rows(size)
         if couples_examples(self.view.module):
             wanted = size
+        if self.chain is not None:
+            replay = self.view.snapshot()
+            record, z = self._forward(inputs, graph=False)
+            if self.chain.fits(z):
+                record = ChainRecord(self.chain, {name: calls[0] for name, calls in record.inputs.items()})
+                if wanted >= size:
+                    yield _Pass(record, z, inputs, targets, replay, sampled)
+                    return
+                yield _Pass(record, z, inputs, targets)
+                chosen = torch.randperm(size, generator=generator, device=generator.device)[:wanted]
+                x, y = _select_both(inputs, targets, chosen)
+                yield _Pass(record.select(chosen), z[chosen], x, y, replay, sampled, gradient=False)
+                return
         if wanted >= size:
-            yield inputs, targets, sampled
+            replay = self.view.snapshot()
+            yield _Pass(*self._forward(inputs), inputs, targets, replay, sampled)
             return
         order = torch.randperm(size, generator=generator, device=generator.device)
-        first, rest = order[:wanted], order[wanted:]
-        yield select_rows(inputs, first), select_rows(targets, first), sampled
-        yield select_rows(inputs, rest), select_rows(targets, rest), 0
+        x, y = _select_both(inputs, targets, order[:wanted])
+        replay = self.view.snapshot()
+        yield _Pass(*self._forward(x), x, y, replay, sampled)
+        x, y = _select_both(inputs, targets, order[wanted:])
+        yield _Pass(*self._forward(x), x, y)
 
-    def _loss(self, z: Tensor, targets: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """(d nll / dz, nll, count) of the summed nll."""
-        leaf = z.detach().requires_grad_()
-        with torch.enable_grad():
-            nll = self.likelihood.nll(leaf, targets, count=1)
-        (derivative,) = torch.autograd.grad(nll, leaf)
-        return derivative, nll.detach(), torch.as_tensor(self.likelihood.count(leaf.detach(), targets), device=z.device)
+    def _forward(self, inputs: Any, *, graph: bool = True) -> tuple[Record, Tensor]:
+        with torch.set_grad_enabled(graph), self.view.curvature_pass(), self.capture.record() as record:
+            return record, self.view(inputs)
+
+    def _statistics(
+        self, part: _Pass, known: dict[str, Tensor] | None, generator: torch.Generator
+    ) -> Statistics:
+        """Of the leading rows of a pass: Kronecker factors, and the diagonal where it is wanted."""
+        statistics = statistics_from(
+            part.record,
+            part.z,
+            self.likelihood,
+            rows=part.sampled,
+            targets=part.targets,
+            generator=generator,
+            input_factors=known,
+        )
+        if self.diagonal:
+            leading = slice(0, part.sampled)
+            squares = squared_gradients(
+                self.view,
+                self.likelihood,
+                select_rows(part.inputs, leading),
+                self.diagonal,
+                expectation="sampled",
+                y=select_rows(part.targets, leading),
+                generator=generator,
+            )
+            for name, square in squares.items():  # diag(F) as a block diag(d) ⊗ 1
+                ones = square.new_full((1,), part.sampled)
+                statistics.layers[name] = LayerSums(square.flatten(), ones, part.sampled)
+        return statistics
 
     def _accumulate(
         self, record: Record, z: Tensor, cotangent: Tensor, into: Tensor, *, retain: bool
@@ -198,3 +221,18 @@ class Evaluator:
             if gradient is not None:
                 part.add_(gradient)
         return gradients
+
+
+def _select_both(inputs: Any, targets: Any, rows: Tensor) -> tuple[Any, Any]:
+    """Rows of inputs and targets; of one tensor that is both, once."""
+    x = select_rows(inputs, rows)
+    return x, x if targets is inputs else select_rows(targets, rows)
+
+
+def _keep_rows(
+    record: Record, gradients: dict[str, list[Tensor]], into: dict[str, list[tuple[Tensor, Tensor]]]
+) -> None:
+    """Append (a, g) of every call."""
+    for name, found in record.inputs.items():
+        pairs = zip(found, gradients[name], strict=True)
+        into.setdefault(name, []).extend((flatten_rows(a), flatten_rows(g)) for a, g in pairs)

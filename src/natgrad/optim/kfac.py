@@ -20,7 +20,7 @@ from natgrad.layers.capture import Capture
 from natgrad.layers.coverage import Coverage, cover
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView, batch_size
-from natgrad.operators.linearize import Chain
+from natgrad.operators.chain import Chain
 from natgrad.optim import kfac_state
 from natgrad.optim.batches import micro_batches
 from natgrad.optim.evaluation import Evaluation, Evaluator
@@ -102,11 +102,13 @@ class KFAC(torch.optim.Optimizer):
         self.subsets, self.periods, self.guard = subsets, periods, guard
         self.layout = JointLayout(view, self._coverage)
         self.capture = Capture(model, self._coverage.layers)
+        chain = Chain.of(view)
         self._evaluator = Evaluator(
             view,
             likelihood,
             self.capture,
             self.layout,
+            chain=chain,
             static=StaticInputs(static_inputs) if static_inputs is not None else None,
             diagonal=self._coverage.uncovered if uncovered == "diagonal" else (),
         )
@@ -119,7 +121,7 @@ class KFAC(torch.optim.Optimizer):
         self._gamma = (self._lam + l2).sqrt()
         self._running = RunningFactors(decay)
         self.proposals = Proposals(self.layout, self._running, self.damping.form, l2)
-        self.local = LocalModel(view, likelihood, self.layout, Chain.of(view), l2)
+        self.local = LocalModel(view, likelihood, self.layout, chain, l2)
         self._trials = Trials(self.local, self.proposals)
         self._gradient, self._proposal, self._previous = (self.layout.zeros() for _ in range(3))
         self._counts = {"skipped": scalar.clone(), "rejected": scalar.clone()}

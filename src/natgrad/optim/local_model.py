@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods import Likelihood, nll_and_score
 from natgrad.model_view import ModelView
-from natgrad.operators.linearize import Chain, jacobian_products
+from natgrad.operators.chain import Chain
+from natgrad.operators.linearize import jacobian_products
 from natgrad.optim.evaluation import Tape
 from natgrad.optim.layout import JointLayout
 from natgrad.quadratic import Subspace
@@ -87,7 +88,7 @@ class LocalModel:
         for tape in tapes:
             with tape.replay:
                 z = self.view(tape.inputs)
-            total += self.likelihood.nll(z, tape.targets, count=1)
+            total += nll_and_score(self.likelihood, z, tape.targets)[0]
         return total / sum(tape.count for tape in tapes)
 
     def _tangents(self, tape: Tape, directions: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,187 @@
+"""A plain chain of ``nn.Linear`` and elementwise activations, differentiated by hand in both directions.
+
+The layer inputs that a forward pass stores anyway are all that is needed: each activation's derivative is written in its
+output, which is the next layer's input. No graph is built, some rows of a batch can be differentiated alone, and J v costs one
+pass [KFAC, app. C]. Any other model goes through automatic differentiation; both give the same numbers (a test).
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.layers.capture import Record, foreign_hooks
+from natgrad.model_view import ModelView
+
+# x · dφ/ds in place, written in the output φ(s)
+_TIMES_SLOPE: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
+    nn.Tanh: lambda x, out: torch.ops.aten.tanh_backward.grad_input(x, out, grad_input=x),
+    nn.Sigmoid: lambda x, out: torch.ops.aten.sigmoid_backward.grad_input(x, out, grad_input=x),
+    nn.ReLU: lambda x, out: torch.ops.aten.threshold_backward.grad_input(x, out, 0.0, grad_input=x),
+    nn.Identity: lambda x, out: x,
+}
+
+
+class Chain:
+    """A model that is exactly Linear (activation Linear)*.
+
+    Args:
+        names: clean names of the linear layers, in order.
+        layers: those layers.
+        activations: the module between layer i and layer i + 1, or None where there is none.
+    """
+
+    def __init__(
+        self, names: Sequence[str], layers: Sequence[nn.Linear], activations: Sequence[nn.Module | None]
+    ) -> None:
+        self.names, self.layers, self.activations = tuple(names), tuple(layers), tuple(activations)
+
+    @classmethod
+    def of(cls, view: ModelView) -> "Chain | None":
+        """The chain that this model is, or None where it is anything else."""
+        model = view.module
+        if type(model) is not nn.Sequential or view.forward is not None:
+            return None
+        leaves = _leaves(model)
+        if not leaves or type(leaves[0][1]) is not nn.Linear or type(leaves[-1][1]) is not nn.Linear:
+            return None
+        names: list[str] = []
+        layers: list[nn.Linear] = []
+        activations: list[nn.Module | None] = []
+        pending: nn.Module | None = None
+        for name, leaf in leaves:
+            if type(leaf) is nn.Linear:
+                if layers:
+                    activations.append(pending)
+                pending = None
+                names.append(name)
+                layers.append(leaf)
+            elif type(leaf) in _TIMES_SLOPE and pending is None:
+                pending = leaf
+            else:
+                return None
+        if len({id(layer.weight) for layer in layers}) < len(layers):
+            return None
+        if not all(p is None or p.requires_grad for layer in layers for p in layer._parameters.values()):
+            return None
+        return cls(names, layers, activations)
+
+    def fits(self, z: Tensor) -> bool:
+        """Whether a forward pass just now was the chain's: in the dtype of the weights, and changed by nobody's hook."""
+        modules = [*self.layers, *(module for module in self.activations if module is not None)]
+        return z.dtype == self.layers[0].weight.dtype and not any(foreign_hooks(module) for module in modules)
+
+    def output_gradients(self, inputs: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
+        """``g = (∂z/∂s)ᵀ cotangent`` for the output s of every layer.
+
+        Args:
+            inputs: the recorded input of each layer, ``[..., in]``.
+            cotangent: shaped like z; not changed.
+        """
+        found: dict[str, Tensor] = {}
+        g = cotangent.flatten(0, -2)
+        for index in reversed(range(len(self.layers))):
+            name, layer = self.names[index], self.layers[index]
+            found[name] = g.view(*inputs[name].shape[:-1], layer.out_features)
+            if index:
+                g = self._times_slope(index - 1, g @ layer.weight.detach(), inputs[name])
+        return found
+
+    def tangents(
+        self,
+        inputs: Mapping[str, Tensor],
+        directions: Sequence[Mapping[str, tuple[Tensor, Tensor | None]]],
+    ) -> list[Tensor]:
+        """``J v`` for each direction v.
+
+        Args:
+            inputs: the recorded input of each linear layer, ``[..., in]``.
+            directions: per direction, layer name → (dW [out, in], db [out] or None); a missing layer has no tangent.
+
+        Returns:
+            per direction a tensor shaped like z.
+        """
+        flowing: list[Tensor | None] = [None] * len(directions)
+        for index, (name, layer) in enumerate(zip(self.names, self.layers, strict=True)):
+            a = inputs[name].flatten(0, -2)
+            for k, direction in enumerate(directions):
+                incoming = flowing[k]
+                out = None
+                if name in direction:
+                    dw, db = direction[name]
+                    out = a @ dw.T if db is None else torch.addmm(db, a, dw.T)
+                if incoming is not None:
+                    weight = layer.weight.detach().T
+                    out = incoming @ weight if out is None else out.addmm_(incoming, weight)
+                flowing[k] = out
+            if index < len(self.activations):
+                following = inputs[self.names[index + 1]]
+                flowing = [None if out is None else self._times_slope(index, out, following) for out in flowing]
+        leading = inputs[self.names[0]].shape[:-1]
+        last = self.layers[-1].out_features
+        zero = inputs[self.names[0]].new_zeros(*leading, last)
+        return [zero if out is None else out.view(*leading, last) for out in flowing]
+
+    def _times_slope(self, index: int, x: Tensor, following: Tensor) -> Tensor:
+        """In place: x times the derivative of the activation after layer ``index``, whose output is ``following``."""
+        activation = self.activations[index]
+        return x if activation is None else _TIMES_SLOPE[type(activation)](x, following.flatten(0, -2))
+
+
+class ChainRecord(Record):
+    """A recorded forward pass of a chain: derivatives come from the layer inputs, there is no graph.
+
+    Args:
+        chain: the model.
+        inputs: of each layer, by name.
+    """
+
+    def __init__(self, chain: Chain, inputs: Mapping[str, Tensor]) -> None:
+        super().__init__(dict(zip(chain.names, chain.layers, strict=True)))
+        self.chain, self.layer_inputs = chain, dict(inputs)
+
+    @property
+    def inputs(self) -> dict[str, list[Tensor]]:
+        """The input of each layer, as its only call."""
+        return {name: [a] for name, a in self.layer_inputs.items()}
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """One for each layer."""
+        return dict.fromkeys(self.layers, 1)
+
+    def source(self, z: Tensor) -> str | None:
+        """The last layer: its output is z."""
+        return self.chain.names[-1]
+
+    def select(self, rows: Tensor) -> "ChainRecord":
+        """The same pass for some of the examples."""
+        return ChainRecord(self.chain, {name: a[rows] for name, a in self.layer_inputs.items()})
+
+    def gradients(
+        self,
+        z: Tensor,
+        cotangent: Tensor,
+        parameters: Iterable[Tensor] = (),
+        retain_graph: bool = True,
+        *,
+        batched: bool = False,
+    ) -> tuple[dict[str, list[Tensor]], list[Tensor | None]]:
+        """As for any record; a chain has no parameters outside of its layers."""
+        if batched:
+            single = [self.chain.output_gradients(self.layer_inputs, c) for c in cotangent]
+            found = {name: torch.stack([g[name] for g in single]) for name in self.layers}
+        else:
+            found = self.chain.output_gradients(self.layer_inputs, cotangent)
+        return {name: [g] for name, g in found.items()}, [None for _ in parameters]
+
+
+def _leaves(module: nn.Sequential, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    found: list[tuple[str, nn.Module]] = []
+    for name, child in module.named_children():
+        full = f"{prefix}{name}"
+        if type(child) is nn.Sequential:
+            found.extend(_leaves(child, f"{full}."))
+        else:
+            found.append((full, child))
+    return found
