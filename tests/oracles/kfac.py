@@ -1,5 +1,6 @@
 """Small problems for K-FAC, and the dense twin of its update."""
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,8 @@ __all__ = [
     "dense_update",
     "gradient_of",
     "mlp",
+    "moved",
+    "objective",
     "vector",
 ]
 
@@ -52,6 +55,18 @@ def gradient_of(model: nn.Module, likelihood: Any, x: Any, y: Any, l2: float = 0
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(likelihood.nll(model(x), y), parameters)
     return nn.utils.parameters_to_vector(found) + l2 * vector(model)
+
+
+def objective(model: nn.Module, likelihood: Any, x: Any, y: Any, l2: float = 0.0) -> float:
+    """h: the loss with the l2 term."""
+    return likelihood.nll(model(x), y).item() + 0.5 * l2 * vector(model).square().sum().item()
+
+
+def moved(model: nn.Module, parameters: Tensor) -> nn.Module:
+    """A copy of the model with other parameters."""
+    twin = copy.deepcopy(model)
+    nn.utils.vector_to_parameters(parameters, twin.parameters())
+    return twin
 
 
 def dense_factors(opt: ng.KFAC) -> dict[str, Factors]:
