@@ -1,60 +1,141 @@
-"""What K-FAC does not let happen: broken batches and updates that raise the loss."""
+"""What K-FAC does not let happen: broken batches that poison it, and updates that raise the loss."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from oracles.kfac import data, mlp, vector
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles.kfac import EVERY_ROW, data, dense_factors, mlp, objective, vector
+from torch import nn
 
 import natgrad as ng
-from natgrad.optim.settings import StepGuard
+from natgrad.damping import ExactTikhonov, FactoredTikhonov
+from natgrad.optim.settings import Damping, StepGuard
+
+LIKELIHOODS = {"gaussian": ng.Gaussian(), "bernoulli": ng.Bernoulli(), "categorical": ng.Categorical()}
+by_likelihood = pytest.mark.parametrize("name", LIKELIHOODS)
 
 
-def test_a_nan_batch_is_skipped_and_leaves_everything_as_it_was() -> None:
-    likelihood = ng.Bernoulli()
-    model = mlp(5, 4, 3)
+@by_likelihood
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_broken_batch_is_skipped_and_leaves_everything_as_it_was(name: str, bad: float) -> None:
+    likelihood, model = LIKELIHOODS[name], mlp(5, 4, 3)
     x, y = data(likelihood, 5, 3)
     opt = ng.KFAC(model, likelihood)
     for _ in range(3):
         opt.step(x, y)
-    parameters = vector(model)
-    factors = {name: (f.A.to_dense().clone(), f.G.to_dense().clone()) for name, f in opt._running.factors.items()}
-    lam = opt.stats["lambda"]
-    bad = x.clone()
-    bad[0, 0] = math.nan
-    loss = opt.step(bad, y)
-    assert math.isnan(loss.item())
-    assert opt.stats["skipped"] == 1 and opt.stats["lambda"] == lam
-    assert torch.equal(parameters, vector(model))
-    for name, (A, G) in factors.items():
-        assert torch.equal(A, opt._running.factors[name].A.to_dense())
-        assert torch.equal(G, opt._running.factors[name].G.to_dense())
+    parameters, factors, estimates = vector(model), dense_factors(opt), opt._running.updates.clone()
+    lam, rejected = opt.stats["lambda"], opt.stats["rejected"]
+    broken = x.clone()
+    broken[0, 0] = bad
+    for times in (1, 2, 3):  # the fifth update, at which inverses are due, is among them
+        loss = opt.step(broken, y)
+        assert math.isinf(bad) or math.isnan(loss.item())  # tanh(∞) is 1, but the gradient is not finite
+        assert opt.stats["skipped"] == times and not opt.stats["accepted"] and opt.stats["step_norm"] == 0
+        assert opt.stats["lambda"] == lam and opt.stats["rejected"] == rejected
+        assert torch.equal(parameters, vector(model)) and torch.equal(opt._running.updates, estimates)
+        for layer, block in dense_factors(opt).items():
+            assert torch.equal(block.A, factors[layer].A) and torch.equal(block.G, factors[layer].G)
     for _ in range(5):
         opt.step(x, y)
-    assert opt.stats["skipped"] == 1
+    assert opt.stats["skipped"] == 3
     assert torch.isfinite(vector(model)).all() and not torch.equal(parameters, vector(model))
 
 
-def test_a_nan_batch_as_the_first_one_is_survived() -> None:
-    likelihood = ng.Gaussian()
-    model = mlp(3, 3, 2)
-    x, y = data(likelihood, 3, 2)
-    opt = ng.KFAC(model, likelihood)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_broken_targets_are_skipped(bad: float) -> None:
+    model, (x, y) = mlp(5, 4, 3), data(ng.Gaussian(), 5, 3)
+    opt = ng.KFAC(model, ng.Gaussian(), uncovered="identity")
+    opt.step(x, y)
+    before = vector(model)
+    y[3, 1] = bad
+    opt.step(x, y)
+    assert opt.stats["skipped"] == 1 and torch.equal(before, vector(model))
+
+
+@by_likelihood
+@pytest.mark.parametrize("paper", [False, True])
+def test_a_broken_first_batch_is_survived(name: str, paper: bool) -> None:
+    likelihood, model = LIKELIHOODS[name], mlp(4, 3, 3)
+    x, y = data(likelihood, 4, 3)
+    opt = (ng.KFAC.paper if paper else ng.KFAC)(model, likelihood)
     opt.step(x * math.nan, y)
     first = likelihood.nll(model(x), y).item()
-    for _ in range(20):
-        opt.step(x, y)
-    assert opt.stats["skipped"] == 1
-    assert likelihood.nll(model(x), y).item() < 0.5 * first
+    losses = [opt.step(x, y).item() for _ in range(30)]
+    assert opt.stats["skipped"] == 1 and losses[0] == pytest.approx(first, rel=1e-12)
+    assert losses[-1] < first and torch.isfinite(vector(model)).all()
 
 
-def test_a_rejected_update_keeps_the_parameters_and_raises_the_damping() -> None:
-    likelihood = ng.Bernoulli()
-    model = mlp(5, 4, 3)
+@pytest.mark.parametrize("l2", [0.0, 0.05])
+def test_a_rejected_update_keeps_the_parameters_forgets_the_last_one_and_raises_the_damping(l2: float) -> None:
+    likelihood, model = ng.Bernoulli(), mlp(5, 4, 3)
     x, y = data(likelihood, 5, 3)
-    opt = ng.KFAC(model, likelihood, damping=0.2, guard=StepGuard(threshold=1e6, raise_damping=1.5))
+    opt = ng.KFAC(model, likelihood, damping=0.2, l2=l2)
+    for _ in range(3):
+        opt.step(x, y)
+    assert opt.stats["accepted"] and opt.stats["mu"] != 0 and opt._previous.any()
+    before, lam, usual = vector(model), opt.stats["lambda"], opt.guard
+    for times in (1, 2):
+        opt.guard = StepGuard(threshold=1e6, raise_damping=2.5)
+        opt.step(x, y)
+        lam *= 2.5
+        assert torch.equal(before, vector(model)) and not opt._previous.any()
+        assert opt.stats["rejected"] == times and not opt.stats["accepted"] and opt.stats["skipped"] == 0
+        assert opt.stats["lambda"] == pytest.approx(lam, rel=1e-12) and opt.stats["step_norm"] == 0
+        assert opt.stats["rho"] < 1e6 and opt.stats["alpha"] != 0  # what was tried is still reported
+    opt.guard = usual
+    opt.step(x, y)
+    assert opt.stats["mu"] == 0 and opt.stats["accepted"] and not torch.equal(before, vector(model))
+
+
+def test_an_update_that_overflows_is_rejected_even_without_a_guard() -> None:
+    """h(θ + δ) is not finite: nothing that follows could be."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)).double()
+    for p in model.parameters():
+        nn.init.constant_(p, 1e-3)
+    x, y = torch.full((4, 1), 1e-3, dtype=torch.float64), torch.full((4, 1), 1e150, dtype=torch.float64)
+    opt = ng.KFAC(model, ng.Gaussian(), damping=Damping(1e-8, rule=None), guard=None, subsets=EVERY_ROW)
     before = vector(model)
     opt.step(x, y)
-    assert torch.equal(before, vector(model))
-    assert opt.stats["rejected"] == 1 and not opt.stats["accepted"]
-    assert opt.stats["lambda"] == pytest.approx(0.3) and opt.stats["step_norm"] == 0
+    assert torch.isfinite(vector(model)).all()
+    assert opt.stats["accepted"] != torch.equal(before, vector(model))
+
+
+@st.composite
+def problems(draw: Any) -> dict[str, Any]:
+    return {
+        "widths": draw(st.lists(st.integers(1, 5), min_size=2, max_size=4)),
+        "biases": draw(st.lists(st.booleans(), min_size=3, max_size=3)),
+        "leading": draw(st.sampled_from([(), (), (2,), (3, 2)])),
+        "n": draw(st.sampled_from([1, 2, 7])),
+        "likelihood": draw(st.sampled_from(list(LIKELIHOODS.values()))),
+        "activation": draw(st.sampled_from([nn.Tanh, nn.Sigmoid, nn.ReLU])),
+        "form": draw(st.sampled_from([ExactTikhonov(), FactoredTikhonov()])),
+        "l2": draw(st.sampled_from([0.0, 0.01])),
+        "damping": draw(st.sampled_from([None, 1e-3, 10.0])),
+        "seed": draw(st.integers(0, 100)),
+    }
+
+
+@given(problems())
+def test_no_update_raises_the_loss_of_its_batch(problem: dict[str, Any]) -> None:
+    widths, n, likelihood, l2 = problem["widths"], problem["n"], problem["likelihood"], problem["l2"]
+    torch.manual_seed(problem["seed"])
+    layers: list[nn.Module] = []
+    for d_in, d_out, bias in zip(widths[:-1], widths[1:], problem["biases"], strict=False):
+        layers += [problem["activation"](), nn.Linear(d_in, d_out, bias=bias)]
+    model = nn.Sequential(*layers[1:]).double()
+    generator = torch.Generator().manual_seed(problem["seed"])
+    x = torch.randn(n, *problem["leading"], widths[0], generator=generator, dtype=torch.float64)
+    y = likelihood.sample(torch.randn(*x.shape[:-1], widths[-1], generator=generator, dtype=x.dtype), generator)
+    opt = ng.KFAC(model, likelihood, damping=Damping(problem["damping"], problem["form"]), l2=l2)
+    before = objective(model, likelihood, x, y, l2)
+    for _ in range(4):
+        loss = opt.step(x, y)
+        after = objective(model, likelihood, x, y, l2)
+        assert torch.isfinite(loss) and torch.isfinite(vector(model)).all()
+        assert after <= before + 1e-12 * max(1.0, abs(before))
+        before = after
+    assert opt.stats["skipped"] == 0 and opt.stats["updates"] == 4
