@@ -63,7 +63,7 @@ lint: $(READY)
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --output-format min-text
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks all
 
 docs: $(READY)
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html

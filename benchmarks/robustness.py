@@ -44,7 +44,7 @@ class Watch:
         self.before = float(loss)
         return loss
 
-    def after(self, runner: Runner) -> bool:
+    def after(self, runner: Runner | None = None) -> bool:
         """Look at the last update; never ends the run."""
         model, stats = self.competitor.model, getattr(self.competitor.optimizer, "stats", {})
         with torch.no_grad():

@@ -33,8 +33,8 @@ ABOUT = (
     "Settings of the first-order methods, found by the command below: learning rate x batch size, the same CPU-seconds "
     "of one thread for every setting of a task, tanh units, seed 0. train_error is the better of the iterate and of "
     f"the running average (xi = {XI}) on {CASES} training cases at the end of the budget. 'nesterov' is Nesterov SGD "
-    "with the momentum schedule of Sutskever et al. (2013) and mu_max = 0.99. No sweep was made for faces: they use the "
-    "settings of mnist."
+    "with the momentum schedule of Sutskever et al. (2013) and mu_max = 0.99. No sweep was made for faces: they use "
+    "the settings of mnist."
 )
 
 

@@ -49,21 +49,24 @@ def torch_sgd(model: nn.Module) -> Callable[[], object]:
 
 def by_hand(model: nn.Module) -> Callable[[], object]:
     """The fused kernel alone, without an optimiser around it."""
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     buffers = [torch.zeros_like(p) for p in parameters]
-    constants = {
-        "weight_decay": 0.0,
-        "momentum": 0.9,
-        "lr": 1e-3,
-        "dampening": 0.0,
-        "nesterov": True,
-        "maximize": False,
-    }
 
     def move() -> None:
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         with torch.no_grad():
-            torch._fused_sgd_(parameters, gradients, buffers, **constants, is_first_step=False)
+            torch._fused_sgd_(
+                parameters,
+                gradients,
+                buffers,
+                weight_decay=0.0,
+                momentum=0.9,
+                lr=1e-3,
+                dampening=0.0,
+                nesterov=True,
+                maximize=False,
+                is_first_step=False,
+            )
 
     return move
 
