@@ -186,6 +186,9 @@ def main(options: argparse.Namespace) -> None:
     task, scale = load(options.task), 1.0 if options.seconds is None else options.seconds / SECONDS["adam"]
     seconds = {name: value * scale for name, value in SECONDS.items()}
     records, settings = measure(task, range(options.seeds), seconds)
+    lost = [
+        f"{TITLES[r['optimizer']]}, seed {r['seed']}: {r['over']}" for r in records if r["over"] not in ("", "stopped")
+    ]
     baselines = "; ".join(
         f"{TITLES[name]}: " + ", ".join(f"{key} {value:g}" for key, value in settings[name].items())
         for name in settings
@@ -198,7 +201,8 @@ def main(options: argparse.Namespace) -> None:
             f"Medians of {options.seeds} seeds; tanh units; CPU-seconds of one thread. The error is the better of the "
             f"iterate's and of the running average's. {baselines}. Time limits: "
             + ", ".join(f"{TITLES[name]} {value:g} s" for name, value in seconds.items())
-            + ". A dash: not reached by most seeds.",
+            + ". A dash: not reached by most seeds."
+            + (f" Runs that ended early: {'; '.join(lost)}." if lost else ""),
             crossings(records),
             "How many times fewer K-FAC needs (`>`: the other did not get there in its time):",
             ratios(records),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ def in_force(settings: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"- {key}: `{value}`" for key, value in settings["in force"].items())])
 
 
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """As JSON, the innermost lists and mappings on one line each: tables that can be read. Infinity and NaN are null."""
+    text = json.dumps(finite(dict(record)), indent=1, allow_nan=False)
+    text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda row: " ".join(row.group().split()), text)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def save(
     name: str,
     title: str,
@@ -65,6 +73,6 @@ def save(
     text = "\n\n".join([f"## {title}", *parts, *tail]) + "\n"
     data = {"command": command, **record, **({"kfac": settings} if settings else {}), "environment": machine}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(finite(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(folder / f"{name}.json", data)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
     print(text, flush=True)

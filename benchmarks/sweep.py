@@ -8,17 +8,15 @@ written to src/natgrad_lab/recipes/baselines.json, where `natgrad race` and the 
 
 import argparse
 import itertools
-import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import CASES, ROOT, load, run_cpu, say
-from benchmarks.report import save, table
+from benchmarks.report import save, table, write_json
 from natgrad_lab import optimizers
-from natgrad_lab.records import environment, finite
+from natgrad_lab.records import environment
 from natgrad_lab.runner import XI, Diverged, Runner
 
 RECIPE = ROOT / "src" / "natgrad_lab" / "recipes" / "baselines.json"
@@ -91,13 +89,7 @@ def recipe(results: dict[str, list[dict[str, Any]]], budgets: dict[str, float], 
     faces = {"faces": found["mnist"]} if "mnist" in found else {}
     surroundings = {k: v for k, v in environment().items() if k != "command"}
     record = {"about": ABOUT, "command": command, "cpu_seconds": budgets, **found, **faces, "results": results}
-    return finite({**record, "environment": surroundings})
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    """As JSON, the innermost mappings on one line each: a table that can be read."""
-    text = json.dumps(record, indent=1, allow_nan=False)
-    path.write_text(re.sub(r"\{[^{}\[\]]*\}", lambda row: " ".join(row.group().split()), text) + "\n", encoding="utf-8")
+    return {**record, "environment": surroundings}
 
 
 def tables(record: dict[str, Any]) -> list[str]:
@@ -124,5 +116,5 @@ def main(options: argparse.Namespace) -> None:
     for name, seconds in budgets.items():
         results[name] = sweep(load(name), seconds)
         record = recipe(results, budgets, options.command)
-        write(options.recipe, record)
+        write_json(options.recipe, record)
     save("sweep", "The sweep", [ABOUT, *tables(record)], record, command=options.command, folder=options.out)
