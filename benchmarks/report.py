@@ -39,7 +39,7 @@ def in_force(settings: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """As JSON, the innermost lists and mappings on one line each: tables that can be read. Infinity and NaN are null."""
+    """As JSON, the innermost lists and mappings on one line each, to be read as tables; infinity and NaN are null."""
     text = json.dumps(finite(dict(record)), indent=1, allow_nan=False)
     text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda row: " ".join(row.group().split()), text)
     path.write_text(text + "\n", encoding="utf-8")
