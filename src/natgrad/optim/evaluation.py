@@ -7,6 +7,7 @@ rows see nothing but the gradient.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,7 @@ class Tape:
 
     inputs: Any
     targets: Any
-    replay: Replay
+    replay: Replay | AbstractContextManager[None]
     layer_inputs: dict[str, Tensor]
     z: Float[Tensor, "rows ..."]
     derivative: Float[Tensor, "rows ..."]  # of the summed nll with respect to z
@@ -62,7 +63,7 @@ class _Pass:
     z: Tensor
     inputs: Any
     targets: Any
-    replay: Replay | None = None
+    replay: Replay | AbstractContextManager[None] | None = None
     sampled: int = 0  # so many leading rows get sampled targets; with any, all rows are curvature rows
     gradient: bool = True  # whether the rows add to loss and gradient
 
@@ -108,7 +109,7 @@ class Evaluator:
             into: a flat buffer that receives the gradient of the mean loss, without the l2 term.
             keep_rows: keep every a and g of the batch for the low-rank form.
         """
-        into.zero_()
+        written = False
         total = torch.zeros((), dtype=into.dtype, device=into.device)
         count = torch.zeros_like(total)
         statistics: Statistics | None = None
@@ -123,7 +124,8 @@ class Evaluator:
                 nll, derivative = nll_and_score(self.likelihood, part.z, part.targets)
                 part_count = torch.as_tensor(self.likelihood.count(part.z.detach(), part.targets), device=into.device)
                 if part.gradient:
-                    gradients = self._accumulate(part.record, part.z, derivative, into, retain=bool(part.sampled))
+                    gradients = self._accumulate(part, derivative, into, add=written)
+                    written = True
                     total += nll
                     count += part_count
                     if keep_rows:
@@ -143,10 +145,8 @@ class Evaluator:
         """Forward passes that hold every row once for the gradient, and the curvature rows together."""
         size = batch_size(inputs)
         sampled, wanted = subsets.rows(size)
-        if couples_examples(self.view.module):
-            wanted = size
         if self.chain is not None:
-            replay = self.view.snapshot()
+            replay = nullcontext()  # nothing is random in a chain
             record, z = self._forward(inputs, graph=False)
             if self.chain.fits(z):
                 record = ChainRecord(self.chain, {name: calls[0] for name, calls in record.inputs.items()})
@@ -158,7 +158,7 @@ class Evaluator:
                 x, y = _select_both(inputs, targets, chosen)
                 yield _Pass(record.select(chosen), z[chosen], x, y, replay, sampled, gradient=False)
                 return
-        if wanted >= size:
+        if wanted >= size or couples_examples(self.view.module):
             replay = self.view.snapshot()
             yield _Pass(*self._forward(inputs), inputs, targets, replay, sampled)
             return
@@ -202,24 +202,31 @@ class Evaluator:
                 statistics.layers[name] = LayerSums(square.flatten(), ones, part.sampled)
         return statistics
 
-    def _accumulate(
-        self, record: Record, z: Tensor, cotangent: Tensor, into: Tensor, *, retain: bool
-    ) -> dict[str, list[Tensor]]:
-        """Add this chunk's gradient of the summed nll to ``into``; returns the g's."""
+    def _accumulate(self, part: _Pass, cotangent: Tensor, into: Tensor, *, add: bool) -> dict[str, list[Tensor]]:
+        """Write this pass's gradient of the summed nll to ``into``, or add it; returns the g's."""
         others = self.layout.others(into)
         other_parameters = [self.view.parameters[name] for name in others]
-        gradients, other_gradients = record.gradients(z, cotangent, parameters=other_parameters, retain_graph=retain)
+        gradients, other_gradients = part.record.gradients(
+            part.z, cotangent, parameters=other_parameters, retain_graph=bool(part.sampled)
+        )
+        inputs = part.record.inputs
         for name, block in self.layout.blocks(into).items():
-            for a, g in zip(record.inputs[name], gradients[name], strict=True):
+            weight, bias = trainable_parts(part.record.layers[name])
+            beta = float(add)  # at 0 what was there does not matter, not even if it is not finite
+            for a, g in zip(inputs.get(name, []), gradients.get(name, []), strict=True):
                 a, g = flatten_rows(a), flatten_rows(g)
-                weight, bias = trainable_parts(record.layers[name])
                 if weight:
-                    block[:, : a.shape[-1]].addmm_(g.T, a)
+                    block[:, : a.shape[-1]].addmm_(g.T, a, beta=beta)
                 if bias:
-                    block[:, -1].add_(g.sum(0))
-        for part, gradient in zip(others.values(), other_gradients, strict=True):
+                    block[:, -1].add_(g.sum(0)) if beta else torch.sum(g, 0, out=block[:, -1])
+                beta = 1.0
+            if not beta:
+                block.zero_()
+        for target, gradient in zip(others.values(), other_gradients, strict=True):
+            if not add:
+                target.zero_()
             if gradient is not None:
-                part.add_(gradient)
+                target.add_(gradient)
         return gradients
 
 

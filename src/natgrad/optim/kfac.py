@@ -98,7 +98,7 @@ class KFAC(torch.optim.Optimizer):
         self._coverage = cover(view, uncovered=uncovered)
         super().__init__(list(view.parameters.items()), {"lr": lr})
         self.view, self.likelihood = view, likelihood
-        self.l2, self.momentum = l2, momentum
+        self.l2, self.momentum, self.decay = l2, momentum, decay
         self.subsets, self.periods, self.guard = subsets, periods, guard
         self.layout = JointLayout(view, self._coverage)
         self.capture = Capture(model, self._coverage.layers)
@@ -123,7 +123,7 @@ class KFAC(torch.optim.Optimizer):
         self.proposals = Proposals(self.layout, self._running, self.damping.form, l2)
         self.local = LocalModel(view, likelihood, self.layout, chain, l2)
         self._trials = Trials(self.local, self.proposals)
-        self._gradient, self._proposal, self._previous = (self.layout.zeros() for _ in range(3))
+        self._gradient, self._proposal, self._previous = (self.layout.buffer() for _ in range(3))
         self._counts = {"skipped": scalar.clone(), "rejected": scalar.clone()}
         self.stats = Stats()
 
@@ -274,18 +274,17 @@ class KFAC(torch.optim.Optimizer):
         if self._scale_by_lr(self._previous):  # M at the update that is made, not at the one that would be best
             directions, coefficients = [self._previous], torch.ones_like(coefficients[:1])
             _, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping)
-        parameters = self.view.parameters
-        old, change = self.layout.parameters(self._proposal), self.layout.parameters(self._previous)
-        for name, parameter in parameters.items():
-            old[name].copy_(parameter)
-            parameter.add_(change[name])
+        parameters = list(self.view.parameters.values())
+        old = list(self.layout.parameters(self._proposal).values())
+        torch._foreach_copy_(old, parameters)
+        torch._foreach_add_(parameters, list(self.layout.parameters(self._previous).values()))
         actual = self.local.objective(evaluation.tapes, fresh=True) - before
         rho = reduction_ratio(actual, rows_model.change(coefficients))
         accepted = finite & torch.isfinite(actual)
         if self.guard is not None:
             accepted = accepted & (rho >= self.guard.threshold)
-        for name, parameter in parameters.items():
-            keep_where(parameter, accepted, old[name])
+        for parameter, value in zip(parameters, old, strict=True):
+            keep_where(parameter, accepted, value)
         keep_where(self._previous, accepted, 0.0)
         self._lam = self._next_damping(rho, accepted, finite)
         updates = self._counts

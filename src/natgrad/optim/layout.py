@@ -46,18 +46,31 @@ class JointLayout:
                 offset += parameter.numel()
         self.size = offset
         self.names = tuple(parameters)
+        self._kept: dict[int, tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]] = {}
 
     def zeros(self) -> Float[Tensor, " size"]:
         """A zero vector in the dtype and on the device of the parameters."""
         first = next(iter(self.view.parameters.values()))
         return torch.zeros(self.size, dtype=first.dtype, device=first.device)
 
+    def buffer(self) -> Float[Tensor, " size"]:
+        """As :meth:`zeros`, for a buffer that lives as long as the layout: its views are made once."""
+        flat = self.zeros()
+        self._kept[id(flat)] = flat, self.blocks(flat), self.parameters(flat)
+        return flat
+
     def blocks(self, flat: Float[Tensor, " size"]) -> dict[str, Float[Tensor, "out columns"]]:
         """Views of the joint matrices ``[W b]``, by layer."""
+        kept = self._kept.get(id(flat))
+        if kept is not None and kept[0] is flat:
+            return kept[1]
         return {name: flat[where].view(shape) for name, (where, shape) in self.block_slices.items()}
 
     def parameters(self, flat: Float[Tensor, " size"]) -> dict[str, Tensor]:
         """Views of every parameter's part, by parameter name in the model's order."""
+        kept = self._kept.get(id(flat))
+        if kept is not None and kept[0] is flat:
+            return kept[2]
         blocks = self.blocks(flat)
         views: dict[str, Tensor] = {}
         for name in self.names:

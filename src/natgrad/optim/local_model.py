@@ -51,7 +51,7 @@ class LocalModel:
             tangents = self._tangents(tape, directions)
             fisher += _fisher_gram(self.likelihood, tape, tangents)
             slope_rows += torch.stack([torch.sum(tape.derivative * tangent) for tangent in tangents])
-        gram = torch.stack([torch.stack([torch.dot(p, q) for q in directions]) for p in directions]).double()
+        gram = _symmetric([[torch.dot(p, q) for q in directions[: i + 1]] for i, p in enumerate(directions)])
         curvature = fisher / count + damping * gram
         slope = torch.stack([torch.dot(gradient, direction) for direction in directions]).double()
         slope_rows = slope_rows / count
@@ -118,9 +118,15 @@ def _fisher_gram(likelihood: Likelihood, tape: Tape, tangents: Sequence[Tensor])
     weigh = getattr(likelihood, "curvature_weight", None)
     weight = weigh(tape.z, tape.targets) if weigh is not None else None
     rows = []
-    for left in tangents:
+    for i, left in enumerate(tangents):
         product = likelihood.fisher_product(tape.z, left)
         if weight is not None:
             product = product * weight
-        rows.append(torch.stack([torch.sum(product * right) for right in tangents]))
-    return torch.stack(rows).double()
+        rows.append([torch.sum(product * right) for right in tangents[: i + 1]])
+    return _symmetric(rows)
+
+
+def _symmetric(lower: Sequence[Sequence[Tensor]]) -> Float[Tensor, "k k"]:
+    """The symmetric matrix of a lower triangle of 0-d tensors, in float64."""
+    size = len(lower)
+    return torch.stack([lower[max(i, j)][min(i, j)] for i in range(size) for j in range(size)]).view(size, size).double()
