@@ -23,7 +23,7 @@ help:
 	@echo "make test       formatting, lint, types and the test suite"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make lint       formatting, lint and types alone"
-	@echo "make bench      what an update costs and how fast the error falls"
+	@echo "make bench      what must be reached, measured at full size (an hour and a half), into docs/benchmarks.md"
 	@echo "make docs       the documentation, in docs/_build/html"
 	@echo "make clean      remove the environment and everything generated"
 
