@@ -41,7 +41,7 @@ def test_first_lambda_is_the_power_of_ten_that_is_better_than_its_neighbours(
     model, (x, y) = mlp(4, 3, 3), data(likelihood, 4, 3)
     start, gradient = vector(model), gradient_of(model, likelihood, x, y, l2)
     F = ng.Fisher(model, likelihood, x).to_dense()
-    opt = ng.KFAC(model, likelihood, damping=Damping(None, form, rule=None, ratio=2.0), l2=l2, **FIXED)
+    opt = ng.KFAC(model, likelihood, damping=Damping(None, form, rule=None, ratio=8.0), l2=l2, **FIXED)
     opt.step(x, y)
     found = opt.stats["lambda"]
     exponent = round(math.log10(found))
@@ -49,7 +49,7 @@ def test_first_lambda_is_the_power_of_ten_that_is_better_than_its_neighbours(
 
     def update(exponent: int) -> Tensor:
         damping = 10.0**exponent + l2
-        return dense_update(F, damping, gradient, dense_proposal(opt, model, gradient, 4 * damping))
+        return dense_update(F, damping, gradient, dense_proposal(opt, model, gradient, 64 * damping))
 
     torch.testing.assert_close(vector(model), start + update(exponent), rtol=1e-8, atol=1e-10)
     before, *after = (
@@ -57,7 +57,7 @@ def test_first_lambda_is_the_power_of_ten_that_is_better_than_its_neighbours(
         for delta in (torch.zeros_like(start), *(update(exponent + step) for step in (0, -1, 1)))
     )
     assert after[0] == min(after) and after[0] < before
-    assert opt.stats["gamma"] == pytest.approx(2 * math.sqrt(found + l2), rel=1e-12)
+    assert opt.stats["gamma"] == pytest.approx(8 * math.sqrt(found + l2), rel=1e-12)
 
 
 def test_searches_go_both_ways_from_one() -> None:
