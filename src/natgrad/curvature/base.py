@@ -117,22 +117,25 @@ class Statistics:
         return cls(layers, float(state["examples"]), state["count"].clone(), bool(state["additive"]))
 
 
-def factors_from(statistics: Statistics) -> dict[str, Factors]:
+def factors_from(statistics: Statistics, *, in_place: bool = False) -> dict[str, Factors]:
     """``A = ΣA / N`` and ``G = ΣG / rows · N / count`` of every layer; zero for a layer that was never used.
+
+    Args:
+        statistics: of at least one example.
+        in_place: divide the sums themselves; the statistics can then no longer be used.
 
     Raises:
         ValueError: the statistics hold no example.
     """
     if not statistics.examples > 0:
         raise ValueError("statistics of no example: add those of at least one batch first")
-    scale = statistics.examples / statistics.count
-    return {
-        name: Factors(
-            _factor(sums.A / statistics.examples),
-            _factor(sums.G * (scale / sums.rows if sums.rows else 0.0)),
-        )
-        for name, sums in statistics.layers.items()
-    }
+    layers = statistics.layers
+    scale = {s.rows: statistics.examples / statistics.count / s.rows if s.rows else 0.0 for s in layers.values()}
+    factors = {}
+    for name, sums in layers.items():
+        divided = (sums.A.div_, sums.G.mul_) if in_place else (sums.A.div, sums.G.mul)
+        factors[name] = Factors(_factor(divided[0](statistics.examples)), _factor(divided[1](scale[sums.rows])))
+    return factors
 
 
 def to_dense(factor: Tensor | Diagonal) -> Float[Tensor, "d d"]:

@@ -47,11 +47,16 @@ class RunningFactors:
         self.updates = self.updates + usable
         if usable.device.type == "cpu" and not usable:  # reading it costs nothing there, a select over matrices does
             return usable
-        epsilon = torch.clamp(1 - 1 / self.updates.clamp(min=1), max=self.decay)
+        weight = torch.clamp(1 / self.updates.clamp(min=1), min=1 - self.decay)  # 1 − ε
+        averages: list[Tensor] = []
+        estimates: list[Tensor] = []
         for name, new in estimate.items():
-            old = self.factors[name]
-            averaged = (_average(old.A, new.A, epsilon, usable), _average(old.G, new.G, epsilon, usable))
-            self.factors[name] = Factors(*averaged)
+            self.factors[name] = old = _alike(self.factors[name], new)
+            averages += [_values(old.A), _values(old.G)]
+            estimates += [_values(factor) for factor in (_like(new.A, old.A), _like(new.G, old.G))]
+        if usable.device.type != "cpu":
+            estimates = [torch.where(usable, x, average) for x, average in zip(estimates, averages, strict=True)]
+        torch._foreach_lerp_(averages, estimates, [weight.to(average.dtype) for average in averages])
         return usable
 
 
@@ -78,11 +83,10 @@ def _zeros(factor: Tensor | Diagonal) -> Tensor | Diagonal:
     return Diagonal(zeros) if isinstance(factor, Diagonal) else zeros
 
 
-def _average(old: Tensor | Diagonal, new: Tensor | Diagonal, epsilon: Tensor, usable: Tensor) -> Tensor | Diagonal:
-    if isinstance(old, Diagonal) != isinstance(new, Diagonal):
-        old, new = to_dense(old), to_dense(new)
-    values, estimate = _values(old), _values(new)
-    if usable.device.type != "cpu":
-        estimate = torch.where(usable, estimate, values)
-    values.lerp_(estimate, (1 - epsilon).to(values.dtype))
-    return Diagonal(values) if isinstance(old, Diagonal) else values
+def _alike(old: Factors, new: Factors) -> Factors:
+    """The averages; a diagonal one is written out where the estimate is a full matrix."""
+    return Factors(_like(old.A, new.A), _like(old.G, new.G))
+
+
+def _like(factor: Tensor | Diagonal, other: Tensor | Diagonal) -> Tensor | Diagonal:
+    return factor if isinstance(other, Diagonal) else to_dense(factor)

@@ -183,7 +183,7 @@ class KFAC(torch.optim.Optimizer):
         self._update_number += 1
         finite = torch.isfinite(evaluation.loss) & torch.isfinite(evaluation.gradient.sum())
         self._add_l2(evaluation.gradient)
-        self._running.update(factors_from(evaluation.statistics), finite)
+        self._running.update(factors_from(evaluation.statistics, in_place=True), finite)
         self._tie_gamma()
         if self._searching:
             self._search(evaluation, finite)
