@@ -143,6 +143,11 @@ def to_dense(factor: Tensor | Diagonal) -> Float[Tensor, "d d"]:
     return factor.to_dense() if isinstance(factor, Diagonal) else factor
 
 
+def diagonal(factor: Tensor | Diagonal) -> Float[Tensor, " d"]:
+    """The diagonal of a factor."""
+    return factor.vector if isinstance(factor, Diagonal) else factor.diagonal()
+
+
 def kron(A: Float[Tensor, "a b"], G: Float[Tensor, "c d"]) -> Float[Tensor, "ac bd"]:
     """``A ⊗ G``; `torch.kron` fails on some pairs of strided matrices."""
     return torch.kron(A.contiguous(), G.contiguous())

@@ -76,7 +76,7 @@ def nll_and_score(
     return _differentiated(likelihood, z, y)
 
 
-def _differentiated(likelihood: Likelihood, z: Tensor, y: Any) -> tuple[Tensor, Tensor]:
+def _differentiated(likelihood: Any, z: Tensor, y: Any) -> tuple[Tensor, Tensor]:
     leaf = z.detach().requires_grad_()
     with torch.enable_grad():
         nll = likelihood.nll(leaf, y, count=1)

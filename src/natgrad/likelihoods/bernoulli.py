@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from natgrad.likelihoods.base import Normalised, diagonal_factor, own_weight, trailing_weight
 
-
 # Factors of a product whose logarithm is taken once: 2^-64 is far from what single precision cannot hold.
 _FACTORS = 64
 

@@ -1,8 +1,8 @@
 """A plain chain of ``nn.Linear`` and elementwise activations, differentiated by hand in both directions.
 
-The layer inputs that a forward pass stores anyway are all that is needed: each activation's derivative is written in its
-output, which is the next layer's input. No graph is built, some rows of a batch can be differentiated alone, and J v costs one
-pass [KFAC, app. C]. Any other model goes through automatic differentiation; both give the same numbers (a test).
+The layer inputs that a forward pass stores anyway are all that is needed: each activation's derivative is written in
+its output, which is the next layer's input. No graph is built, some rows of a batch can be differentiated alone, and
+J v costs one pass [KFAC, app. C]. Any other model goes through automatic differentiation, to the same numbers (a test).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -67,7 +67,7 @@ class Chain:
         return cls(names, layers, activations)
 
     def fits(self, z: Tensor) -> bool:
-        """Whether a forward pass just now was the chain's: in the dtype of the weights, and changed by nobody's hook."""
+        """Whether the forward pass that gave z was the chain's: in the weights' dtype; no foreign hook changed it."""
         modules = [*self.layers, *(module for module in self.activations if module is not None)]
         return z.dtype == self.layers[0].weight.dtype and not any(foreign_hooks(module) for module in modules)
 

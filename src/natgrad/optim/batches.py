@@ -25,14 +25,15 @@ def micro_batches(inputs: Any, targets: Any, size: int | None) -> list[tuple[Any
     if targets is None:
         if isinstance(inputs, Tensor | Mapping) or not isinstance(inputs, Iterable):
             raise TypeError(
-                f"targets is missing and inputs is a {type(inputs).__name__}: expected step(inputs, targets), or an iterable "
-                "of (inputs, targets) micro-batches"
+                f"targets is missing and inputs is a {type(inputs).__name__}: expected step(inputs, targets), or an "
+                "iterable of (inputs, targets) micro-batches"
             )
         pairs = list(inputs)
         for pair in pairs:
             if not (isinstance(pair, tuple | list) and len(pair) == 2):
                 raise TypeError(
-                    f"inputs: with targets=None each element must be a pair (inputs, targets); got {type(pair).__name__}"
+                    "inputs: with targets=None each element must be a pair (inputs, targets); got "
+                    f"{type(pair).__name__}"
                 )
         batches = [(pair[0], pair[1]) for pair in pairs]
     else:

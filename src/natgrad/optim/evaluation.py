@@ -1,9 +1,9 @@
 """Loss, gradient and curvature statistics of a batch, in one walk over its chunks.
 
-Curvature is estimated from τ₂ m rows, the first τ₁ m of those serve the factors [KFAC, sec. 8]. In a plain chain of layers
-their derivatives are taken by hand, from a forward pass that all rows share. In any other model they form a chunk of their
-own, whose single forward pass serves the gradient, the backward pass with sampled targets and the linearised pass; the other
-rows see nothing but the gradient.
+Curvature is estimated from τ₂ m rows, the first τ₁ m of those serve the factors [KFAC, sec. 8]. In a plain chain of
+layers their derivatives are taken by hand, from a forward pass that all rows share. In any other model they form a
+chunk of their own, whose single forward pass serves the gradient, the backward pass with sampled targets and the
+linearised pass; the other rows see nothing but the gradient.
 """
 
 from collections.abc import Iterable, Iterator
@@ -49,7 +49,7 @@ class Evaluation:
 
     loss: Float[Tensor, ""]
     gradient: Float[Tensor, " size"]
-    statistics: Statistics | None
+    statistics: Statistics
     tapes: list[Tape]
     count: Float[Tensor, ""]
     rows: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # (a, g) per chunk: the low-rank form
@@ -109,7 +109,7 @@ class Evaluator:
             into: a flat buffer that receives the gradient of the mean loss, without the l2 term.
             keep_rows: keep every a and g of the batch for the low-rank form.
         """
-        written = False
+        written = False  # whether the gradient's buffer holds anything yet
         total = torch.zeros((), dtype=into.dtype, device=into.device)
         count = torch.zeros_like(total)
         statistics: Statistics | None = None
@@ -137,6 +137,8 @@ class Evaluator:
                     z = part.z.detach()
                     tape = Tape(part.inputs, part.targets, part.replay, layer_inputs, z, derivative, nll, part_count)
                     tapes.append(tape)
+        if statistics is None:
+            raise ValueError("inputs: expected at least one micro-batch")
         into /= count
         self.checked = True
         return Evaluation(total / count, into, statistics, tapes, count, rows)
@@ -173,9 +175,7 @@ class Evaluator:
         with torch.set_grad_enabled(graph), self.view.curvature_pass(), self.capture.record() as record:
             return record, self.view(inputs)
 
-    def _statistics(
-        self, part: _Pass, known: dict[str, Tensor] | None, generator: torch.Generator
-    ) -> Statistics:
+    def _statistics(self, part: _Pass, known: dict[str, Tensor] | None, generator: torch.Generator) -> Statistics:
         """Of the leading rows of a pass: Kronecker factors, and the diagonal where it is wanted."""
         statistics = statistics_from(
             part.record,

@@ -1,8 +1,9 @@
 """K-FAC: [KFAC, Algorithm 2] for the block-diagonal inverse.
 
 One update, in the order of the paper: gradient and sampled statistics of the mini-batch, inverse (every T₃), proposal
-``Δ = −F̆^{-1} ∇h``, coefficients (α, μ) of ``δ = α Δ + μ δ₀`` from the exact F, reduction ratio ρ, λ rule (every T₁) and γ rule
-(every T₂). Every decision is a tensor on the device; a number reaches Python only when somebody reads ``stats``.
+``Δ = −F̆^{-1} ∇h``, coefficients (α, μ) of ``δ = α Δ + μ δ₀`` from the exact F, reduction ratio ρ, λ rule (every T₁)
+and γ rule (every T₂). Every decision is a tensor on the device; a number reaches Python only when somebody reads
+``stats``.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from natgrad.curvature.running import RunningFactors
 from natgrad.damping import FactoredTikhonov
 from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
 from natgrad.layers.capture import Capture
-from natgrad.layers.coverage import Coverage, cover
+from natgrad.layers.coverage import Coverage, Uncovered, cover
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView, batch_size
 from natgrad.operators.chain import Chain
@@ -38,10 +39,10 @@ from natgrad.quadratic import best_coefficients, best_step, reduction_ratio
 class KFAC(torch.optim.Optimizer):
     r"""Kronecker-factored approximate curvature with automatic step sizes [KFAC, Algorithm 2].
 
-    Each :meth:`step` evaluates a mini-batch and updates the parameters by ``δ = α Δ + μ δ₀`` with ``Δ = −F̆_γ^{-1} ∇h``, where
-    ``h`` is the mean loss plus ``η/2 ‖θ‖²``, ``F̆_γ`` the block-diagonal Kronecker-factored Fisher damped by γ, and (α, μ)
-    minimise ``M(δ) = ½ δᵀ(F + (λ+η) I) δ + ∇h·δ + h`` with the exact Fisher F of a subset of the batch. λ follows the
-    Levenberg-Marquardt rule.
+    Each :meth:`step` evaluates a mini-batch and updates the parameters by ``δ = α Δ + μ δ₀`` with ``Δ = −F̆_γ^{-1}
+    ∇h``, where ``h`` is the mean loss plus ``η/2 ‖θ‖²``, ``F̆_γ`` the block-diagonal Kronecker-factored Fisher damped
+    by γ, and (α, μ) minimise ``M(δ) = ½ δᵀ(F + (λ+η) I) δ + ∇h·δ + h`` with the exact Fisher F of a subset of the
+    batch. λ follows the Levenberg-Marquardt rule.
 
     Args:
         model: any module; its ``nn.Linear`` layers get Kronecker factors.
@@ -58,7 +59,8 @@ class KFAC(torch.optim.Optimizer):
         decay: the cap on ε in the decayed averages of the factors, ``ε = min(1 − 1/k, decay)``.
         static_inputs: all inputs of the training set, where the first layers see them unchanged at every update: their
             factor A is then computed once, exactly.
-        uncovered: what happens to trainable parameters that no factor covers: ``"error"``, ``"identity"`` or ``"diagonal"``.
+        uncovered: what happens to trainable parameters that no factor covers: ``"error"``, ``"identity"`` or
+            ``"diagonal"``.
 
     Raises:
         ValueError: a setting out of range, or an uncovered parameter (it is named).
@@ -80,7 +82,7 @@ class KFAC(torch.optim.Optimizer):
         guard: StepGuard | None = StepGuard(),
         decay: float = 0.95,
         static_inputs: Any = None,
-        uncovered: str = "error",
+        uncovered: Uncovered = "error",
         lr: float = 1.0,
     ) -> None:
         if structure != "block_diagonal":
@@ -92,7 +94,8 @@ class KFAC(torch.optim.Optimizer):
         self.damping = damping if isinstance(damping, Damping) else Damping(value=damping)
         if self.damping.gamma is not None and self.damping.gamma.every % periods.inverses:
             raise ValueError(
-                f"GreedyGamma(every={self.damping.gamma.every}): T₂ must be a multiple of T₃ = {periods.inverses}, the period of the inverses"
+                f"GreedyGamma(every={self.damping.gamma.every}): T₂ must be a multiple of T₃ = {periods.inverses}, the "
+                "period of the inverses"
             )
         view = ModelView(model, forward)
         self._coverage = cover(view, uncovered=uncovered)
@@ -132,8 +135,8 @@ class KFAC(torch.optim.Optimizer):
         """Exactly the published algorithm and constants [KFAC, sec. 6, 8, 13].
 
         λ₀ = 150, T₁ = 5, T₂ = 20, T₃ = 20, ω₁ = (19/20)^T₁, ω₂ = (√(19/20))^T₂, factored Tikhonov damping with the
-        trace-norm π, the greedy γ rule on M(δ), τ₁ = 1/8, τ₂ = 1/4, ε = min(1 − 1/k, 0.95), η = 10⁻⁵, inverses at k ≤ 3; no
-        step guard and no other bound.
+        trace-norm π, the greedy γ rule on M(δ), τ₁ = 1/8, τ₂ = 1/4, ε = min(1 − 1/k, 0.95), η = 10⁻⁵, inverses at k ≤
+        3; no step guard and no other bound.
         """
         published: dict[str, Any] = {
             "damping": Damping(150.0, FactoredTikhonov(pi="trace"), LevenbergMarquardt(), GreedyGamma()),
@@ -145,7 +148,7 @@ class KFAC(torch.optim.Optimizer):
         return cls(model, likelihood, l2=l2, **{**published, **settings})
 
     @torch.no_grad()
-    def step(
+    def step(  # pyrefly: ignore[bad-override] - K-FAC evaluates the model itself
         self, inputs: Any = None, targets: Any = None, micro_batch_size: int | None = None, closure: Any = None
     ) -> Float[Tensor, ""] | None:
         """Evaluate a mini-batch and update the parameters.
@@ -161,8 +164,8 @@ class KFAC(torch.optim.Optimizer):
             the loss before the update, without the l2 term: a 0-d tensor (not finite where the batch was skipped).
 
         Raises:
-            TypeError: a closure is given. K-FAC evaluates the model itself; ``natgrad.Preconditioner`` works in loops that
-                own the backward pass.
+            TypeError: a closure is given. K-FAC evaluates the model itself; ``natgrad.Preconditioner`` works in loops
+                that own the backward pass.
             ValueError: inputs or targets that do not fit the model and the likelihood, or an empty batch.
         """
         if closure is not None or callable(inputs):
@@ -200,8 +203,8 @@ class KFAC(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """δ₀, factors, inverses, λ, γ, counters and the random stream: tensors and plain numbers.
 
-        The form is that of every torch optimiser: ``"state"`` by parameter, ``"param_groups"`` for the rest. Nothing in it
-        carries the name of a rank or of a wrapper.
+        The form is that of every torch optimiser: ``"state"`` by parameter, ``"param_groups"`` for the rest. Nothing in
+        it carries the name of a rank or of a wrapper.
         """
         state = super().state_dict()
         state["state"] = dict(enumerate(kfac_state.save_tensors(self)))
@@ -212,7 +215,8 @@ class KFAC(torch.optim.Optimizer):
         """Continue from a :meth:`state_dict`, bit for bit on the same machine with the same number of threads.
 
         Raises:
-            ValueError: the state is of another model or other settings; what does not fit is named, and nothing was changed.
+            ValueError: the state is of another model or other settings; what does not fit is named, and nothing was
+                changed.
         """
         numbers, tensors = kfac_state.check(self, state_dict)
         group = {key: value for key, value in numbers.items() if key in self.param_groups[0]}
@@ -274,7 +278,7 @@ class KFAC(torch.optim.Optimizer):
         if self._scale_by_lr(self._previous):  # M at the update that is made, not at the one that would be best
             directions, coefficients = [self._previous], torch.ones_like(coefficients[:1])
             _, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping)
-        parameters = list(self.view.parameters.values())
+        parameters: list[Tensor] = list(self.view.parameters.values())
         old = list(self.layout.parameters(self._proposal).values())
         torch._foreach_copy_(old, parameters)
         torch._foreach_add_(parameters, list(self.layout.parameters(self._previous).values()))

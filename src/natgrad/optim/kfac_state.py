@@ -1,7 +1,7 @@
 """The checkpoint of :class:`natgrad.KFAC`: what is saved, and how a state is checked before anything changes.
 
-The form is that of every ``torch.optim`` optimiser, so that ``torch.distributed.checkpoint`` takes it too: ``"state"`` holds
-tensors by parameter, and a layer's factors and inverses stand with its first parameter; the one entry of
+The form is that of every ``torch.optim`` optimiser, so that ``torch.distributed.checkpoint`` takes it too: ``"state"``
+holds tensors by parameter, and a layer's factors and inverses stand with its first parameter; the one entry of
 ``"param_groups"`` holds the numbers.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Diagonal, Factors
+from natgrad.curvature.base import Diagonal, Factors, diagonal
 from natgrad.optim.layer_state import load_factors, same_keys, same_shape, save_layer
 
 if TYPE_CHECKING:
@@ -35,9 +35,8 @@ def save_tensors(kfac: "KFAC") -> list[dict[str, Tensor]]:
             state |= save_layer(layer, kfac._coverage.layers[layer], factors.get(layer), kfac.proposals.inverses)
         elif name in kfac._evaluator.diagonal:
             block = factors.get(name)
-            squares, scale = (
-                (block.A.vector, block.G.vector) if block else (torch.zeros_like(parameter), parameter.new_zeros(1))
-            )
+            squares = diagonal(block.A) if block else torch.zeros_like(parameter)
+            scale = diagonal(block.G) if block else parameter.new_zeros(1)
             state |= {
                 "squared_gradients": squares.detach().view_as(parameter),
                 "squared_gradients_scale": scale.detach(),

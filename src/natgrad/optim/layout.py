@@ -1,7 +1,7 @@
 """One flat buffer for a vector over the parameters, laid out so that each layer's ``[W b]`` is one matrix.
 
-The curvature acts on the joint matrix of a layer, the model on ``W`` and ``b`` apart. Storing a layer as ``[out, in (+1)]``
-gives both as views: nothing is concatenated or copied on the way from the gradient to the update.
+The curvature acts on the joint matrix of a layer, the model on ``W`` and ``b`` apart. Storing a layer as ``[out, in
+(+1)]`` gives both as views: nothing is concatenated or copied on the way from the gradient to the update.
 """
 
 from collections.abc import Mapping

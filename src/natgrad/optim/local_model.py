@@ -1,6 +1,7 @@
 """The exact quadratic model and the exact loss on the curvature rows.
 
-``δᵀ F δ = (1/count) Σ_n (J_n δ)ᵀ F_R(z_n) (J_n δ)``: inner products with F need Jacobian-vector products only [KFAC, app. C].
+``δᵀ F δ = (1/count) Σ_n (J_n δ)ᵀ F_R(z_n) (J_n δ)``: inner products with F need Jacobian-vector products only [KFAC,
+app. C].
 """
 
 from collections.abc import Sequence
@@ -32,10 +33,10 @@ class LocalModel:
     def subspaces(
         self, tapes: Sequence[Tape], gradient: Tensor, directions: Sequence[Tensor], damping: Tensor
     ) -> tuple[Subspace, Subspace]:
-        """M over the span of some directions, twice: with the slope of the whole batch, and with that of the rows alone.
+        """M over the span of some directions, twice: with the slope of the whole batch, and with that of the rows.
 
-        The first gives the best coefficients, the second the predicted change that ρ compares with the actual one: both of
-        ρ's numbers then come from the same rows [KFAC, sec. 6.4, 6.5, 7].
+        The first gives the best coefficients, the second the predicted change that ρ compares with the actual one: both
+        of ρ's numbers then come from the same rows [KFAC, sec. 6.4, 6.5, 7].
 
         Args:
             tapes: the curvature rows.
@@ -60,7 +61,7 @@ class LocalModel:
         return Subspace(slope, curvature), Subspace(slope_rows, curvature)
 
     def objective(self, tapes: Sequence[Tape], *, fresh: bool) -> Float[Tensor, ""]:
-        """h on the curvature rows, l2 term included: as the tapes recorded it, or ``fresh`` at the present parameters."""
+        """h on the curvature rows, with the l2 term: as the tapes hold it, or ``fresh`` at the present parameters."""
         if fresh:
             value = self._rows_loss(tapes)
         else:
@@ -129,4 +130,5 @@ def _fisher_gram(likelihood: Likelihood, tape: Tape, tangents: Sequence[Tensor])
 def _symmetric(lower: Sequence[Sequence[Tensor]]) -> Float[Tensor, "k k"]:
     """The symmetric matrix of a lower triangle of 0-d tensors, in float64."""
     size = len(lower)
-    return torch.stack([lower[max(i, j)][min(i, j)] for i in range(size) for j in range(size)]).view(size, size).double()
+    entries = [lower[max(i, j)][min(i, j)] for i in range(size) for j in range(size)]
+    return torch.stack(entries).view(size, size).double()

@@ -1,7 +1,7 @@
 """The preconditioned gradient from the rows of a small batch [KFAC, sec. 8].
 
-``U = G^{-1} (1/m 𝒢 𝒜ᵀ) A^{-1} = 1/m (G^{-1} 𝒢) (𝒜ᵀ A^{-1})``: products with m rows instead of two with whole matrices. The l2 term
-of the gradient has full rank and is preconditioned apart.
+``U = G^{-1} (1/m 𝒢 𝒜ᵀ) A^{-1} = 1/m (G^{-1} 𝒢) (𝒜ᵀ A^{-1})``: products with m rows instead of two with whole matrices.
+The l2 term of the gradient has full rank and is preconditioned apart.
 """
 
 from collections.abc import Sequence

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from natgrad.curvature.base import diagonal
 from natgrad.curvature.inverse import BlockInverse, FactoredInverse, invert_block
 from natgrad.curvature.running import RunningFactors, mean_eigenvalue
 from natgrad.damping import ExactTikhonov
@@ -41,7 +42,7 @@ class Proposals:
         self.inverses.refresh(layers, damping)
 
     def inverse(self, name: str, damping: Float[Tensor, ""], *, fresh: bool = False) -> BlockInverse | None:
-        """A layer's inverse. In the eigenbasis a new damping is free; factored inverses are those of the last refresh, or fresh."""
+        """A layer's inverse: in the eigenbasis for any damping; a factored one of the last refresh, or fresh."""
         if fresh and not isinstance(self.form, ExactTikhonov):
             block = invert_block(self.running.factors[name], damping, self.form)
             return block if bool(block.ok) else None
@@ -88,4 +89,4 @@ class Proposals:
         block = self.running.factors.get(name)
         if block is None:
             return part.new_ones(())
-        return (block.A.vector * block.G.vector).view_as(part)
+        return (diagonal(block.A) * diagonal(block.G)).view_as(part)

@@ -12,8 +12,7 @@ class Damping:
     """λ and γ: how they start, how they enter the inverse and how they move.
 
     Args:
-        value: λ at the first update (without η). None: the power of ten that lowers the loss of
-            the first batch.
+        value: λ at the first update (without η). None: the power of ten that lowers the loss of the first batch most.
         form: how damping enters the inverse of a block: exact or factored Tikhonov.
         rule: the λ rule, or None to keep λ.
         gamma: the γ rule, or None for ``γ = ratio √(λ + η)`` at every update.
@@ -36,7 +35,12 @@ class Damping:
 
 @dataclass(frozen=True)
 class StepGuard:
-    """Reject an update whose reduction ratio is below ``threshold``: keep θ, forget δ₀, multiply λ by ``raise_damping``."""
+    """When an update is rejected: θ is kept, δ₀ forgotten, and λ raised.
+
+    Args:
+        threshold: reject below this reduction ratio ρ.
+        raise_damping: what λ is then multiplied by.
+    """
 
     threshold: float = 0.0
     raise_damping: float = 1.5
@@ -103,6 +107,5 @@ class Subsets:
 
     def rows(self, batch: int) -> tuple[int, int]:
         """How many rows of a batch serve the factors, and how many F Δ and ρ."""
-        return tuple(
-            min(batch, max(self.minimum, math.ceil(share * batch))) for share in (self.factors, self.curvature)
-        )
+        factors, curvature = (math.ceil(share * batch) for share in (self.factors, self.curvature))
+        return min(batch, max(self.minimum, factors)), min(batch, max(self.minimum, curvature))

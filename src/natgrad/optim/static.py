@@ -42,8 +42,8 @@ class StaticInputs:
             fed = _fed_by(record, inputs)
             if not fed:
                 raise ValueError(
-                    "static_inputs: no covered layer takes the model's inputs as they are (they are changed on the way, "
-                    "or by forward=); leave static_inputs out"
+                    "static_inputs: no covered layer takes the model's inputs as they are (they are changed on the "
+                    "way, or by forward=); leave static_inputs out"
                 )
             leaves = tensor_leaves(self.inputs)
             self._factors = {
@@ -54,7 +54,7 @@ class StaticInputs:
 
 
 def _fed_by(record: Record, inputs: Any) -> dict[str, tuple[int, torch.Size]]:
-    """Layers whose only input is a tensor of the batch itself or a view of all of it: which one, and an example's shape."""
+    """Layers whose only input is a tensor of the batch or a view of all of it: which one, and an example's shape."""
     leaves = tensor_leaves(inputs)
     found: dict[str, tuple[int, torch.Size]] = {}
     for name, calls in record.inputs.items():
@@ -65,7 +65,7 @@ def _fed_by(record: Record, inputs: Any) -> dict[str, tuple[int, torch.Size]]:
     return found
 
 
-def _mean_moment(layer: nn.Module, leaf: Tensor) -> Tensor:
+def _mean_moment(layer: nn.Linear, leaf: Tensor) -> Tensor:
     weight, bias = trainable_parts(layer)
     like = layer.weight
     total = like.new_zeros((), dtype=torch.float64)
