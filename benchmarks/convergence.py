@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.measure import CASES, enter, first_at, load, median, ratio, run_cpu, say
+from benchmarks.measure import CASES, enter, first_at, load, median, positive, ratio, run_cpu, say
 from benchmarks.report import cell, save, table
 from natgrad_lab.runner import SUBSET, Runner, reconstruction_error
 
@@ -176,9 +176,9 @@ def against_targets(records: Sequence[dict[str, Any]], task: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", nargs="?", default="curves", choices=sorted(TARGETS), help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=3, help="so many, from 0 (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive(int), default=3, help="so many, from 0 (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, help="CPU-seconds of Adam and Nesterov SGD (default: 120); K-FAC has half"
+        "--seconds", type=positive(float), help="CPU-seconds of Adam and Nesterov SGD (default: 120); K-FAC has half"
     )
 
 

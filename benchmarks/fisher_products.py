@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import cpu_seconds, in_turns
+from benchmarks.measure import cpu_seconds, in_turns, positive
 from benchmarks.report import save, table
 from natgrad import Bernoulli, Fisher
 from natgrad_lab.models import ENCODERS, autoencoder
@@ -49,7 +49,7 @@ def product_table(seconds: dict[str, float]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, default=1000, help="m (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive(int), default=1000, help="m (default: %(default)s)")
 
 
 def main(options: argparse.Namespace) -> None:

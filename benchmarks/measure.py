@@ -1,5 +1,6 @@
 """What the measurements share: data, CPU clocks, runs of so many CPU-seconds, medians and ratios."""
 
+import argparse
 import math
 import os
 import statistics
@@ -26,6 +27,24 @@ def load(task: str) -> data.Task:
     """
     beside = ROOT.parent / "shared" / "data"
     return data.load(task, folder=beside if "NATGRAD_DATA" not in os.environ and beside.is_dir() else None)
+
+
+def load_all(names: str) -> list[data.Task]:
+    """The tasks of a comma-separated list: what is missing is said before anything is measured."""
+    return [load(name) for name in names.split(",")]
+
+
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of a command-line option that must be above 0."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it
+    return parse
 
 
 def enter(name: str, task: Any, *, seed: int = 0, activation: str = "tanh") -> optimizers.Competitor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import load, say
+from benchmarks.measure import load, positive, say
 from benchmarks.report import save, table
 from natgrad_lab import optimizers
 from natgrad_lab.memory import peak_bytes
@@ -68,7 +68,7 @@ def memory_table(rows: list[dict[str, Any]]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", default="curves,mnist", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1000, help="m (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive(int), default=1000, help="m (default: %(default)s)")
 
 
 def main(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import CASES, enter, load, run_cpu, say
+from benchmarks.measure import CASES, enter, load_all, positive, run_cpu, say
 from benchmarks.report import cell, save, table
 from natgrad_lab.optimizers import Competitor
 from natgrad_lab.runner import Diverged, Runner
@@ -132,14 +132,15 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="so many, from 0 (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=15.0, help="CPU-seconds of each run (default: %(default)g)")
+    parser.add_argument("--seeds", type=positive(int), default=5, help="so many, from 0 (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=positive(float), default=15.0, help="CPU-seconds of each run (default: %(default)g)"
+    )
 
 
 def main(options: argparse.Namespace) -> None:
     records, several = [], []
-    for name in options.tasks.split(","):
-        task: Any = load(name)
+    for task in load_all(options.tasks):
         for activation, seed in itertools.product(ACTIVATIONS, range(options.seeds)):
             record, settings = measure(task, activation, seed, options.seconds)
             say("  " + ", ".join(f"{key} {cell(value)}" for key, value in record.items()))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import CASES, ROOT, load, run_cpu, say
+from benchmarks.measure import CASES, ROOT, load_all, positive, run_cpu, say
 from benchmarks.report import save, table, write_json
 from natgrad_lab import optimizers
 from natgrad_lab.records import environment
@@ -103,18 +103,22 @@ def tables(record: dict[str, Any]) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", default=",".join(BUDGETS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiply all budgets by this (default: %(default)s)")
+    parser.add_argument(
+        "--scale", type=positive(float), default=1.0, help="multiply all budgets by this (default: %(default)s)"
+    )
     parser.add_argument(
         "--recipe", type=Path, default=RECIPE, help="the file to write (default: the recipe of the bench)"
     )
 
 
 def main(options: argparse.Namespace) -> None:
-    budgets = {name: BUDGETS[name] * options.scale for name in options.tasks.split(",")}
+    tasks = load_all(options.tasks)
+    budgets = {task.name: BUDGETS.get(task.name, 30.0) * options.scale for task in tasks}
     results: dict[str, list[dict[str, Any]]] = {}
     record: dict[str, Any] = {}
-    for name, seconds in budgets.items():
-        results[name] = sweep(load(name), seconds)
+    for task in tasks:
+        results[task.name] = sweep(task, budgets[task.name])
         record = recipe(results, budgets, options.command)
         write_json(options.recipe, record)
-    save("sweep", "The sweep", [ABOUT, *tables(record)], record, command=options.command, folder=options.out)
+    text = [ABOUT, *tables(record)]
+    save("sweep", "The sweep", text, {"recipe": options.recipe.name}, command=options.command, folder=options.out)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import cpu_seconds, enter, in_turns, load, say
+from benchmarks.measure import cpu_seconds, enter, in_turns, load_all, positive, say
 from benchmarks.report import save, table
 from natgrad_lab.runner import Batches
 
@@ -152,15 +152,18 @@ def _range(values: list[float]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", default="curves,mnist", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, help="measure this m alone (default: 1000, and 4000 on curves)")
-    parser.add_argument("--blocks", type=int, default=5, help="blocks, of 2 T₃ updates each (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=positive(int), help="measure this m alone (default: 1000, and 4000 on curves)"
+    )
+    parser.add_argument(
+        "--blocks", type=positive(int), default=5, help="blocks, of 2 T₃ updates each (default: %(default)s)"
+    )
 
 
 def main(options: argparse.Namespace) -> None:
     rows, settings = [], {}
-    for name in options.tasks.split(","):
-        task = load(name)
-        sizes = [m for other, m, *_ in CASES if other == name] or [1000]
+    for task in load_all(options.tasks):
+        sizes = [m for name, m, *_ in CASES if name == task.name] or [1000]
         for m in [options.batch_size] if options.batch_size else sizes:
             row, settings = measure(task, m, blocks=options.blocks)
             rows.append(row)
