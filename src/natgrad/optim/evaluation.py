@@ -8,7 +8,7 @@ linearised pass; the other rows see nothing but the gradient.
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -115,6 +115,8 @@ class Evaluator:
         statistics: Statistics | None = None
         tapes: list[Tape] = []
         rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        batches = list(batches)
+        examples = sum(batch_size(inputs) for inputs, _ in batches)
         for inputs, targets in batches:
             for part in self._passes(inputs, targets, subsets, generator):
                 if not self.checked:
@@ -123,6 +125,8 @@ class Evaluator:
                 known = self.static.factors(part.record, part.inputs) if self.static is not None else None
                 nll, derivative = nll_and_score(self.likelihood, part.z, part.targets)
                 part_count = torch.as_tensor(self.likelihood.count(part.z.detach(), part.targets), device=into.device)
+                if self._sums:
+                    part_count = part_count * (batch_size(part.inputs) / examples)
                 if part.gradient:
                     gradients = self._accumulate(part, derivative, into, add=written)
                     written = True
@@ -132,6 +136,8 @@ class Evaluator:
                         _keep_rows(part.record, gradients, rows)
                 if part.sampled and part.replay is not None:
                     new = self._statistics(part, known, generator)
+                    if self._sums:
+                        new = replace(new, count=new.count * (part.sampled / examples), additive=True)
                     statistics = new if statistics is None else statistics + new
                     layer_inputs = {name: found[0] for name, found in part.record.inputs.items() if len(found) == 1}
                     z = part.z.detach()
@@ -142,6 +148,11 @@ class Evaluator:
         into /= count
         self.checked = True
         return Evaluation(total / count, into, statistics, tapes, count, rows)
+
+    @property
+    def _sums(self) -> bool:
+        """Whether the likelihood counts 1 for a batch of any size: some of its rows then count for their share."""
+        return getattr(self.likelihood, "normalizer", None) == "none"
 
     def _passes(self, inputs: Any, targets: Any, subsets: Subsets, generator: torch.Generator) -> Iterator[_Pass]:
         """Forward passes that hold every row once for the gradient, and the curvature rows together."""
