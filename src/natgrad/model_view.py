@@ -53,7 +53,7 @@ def tensor_leaves(inputs: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(_plain(inputs)) if isinstance(leaf, Tensor)]
 
 
-def batch_size(inputs: Any) -> int:
+def batch_size(inputs: Any, name: str = "inputs") -> int:
     """Dimension 0 of the first tensor in ``inputs`` that has one.
 
     Raises:
@@ -63,12 +63,12 @@ def batch_size(inputs: Any) -> int:
         if leaf.ndim:
             if leaf.shape[0] == 0:
                 raise ValueError(
-                    f"inputs: the batch is empty (a tensor of shape {tuple(leaf.shape)}); expected at least one "
+                    f"{name}: the batch is empty (a tensor of shape {tuple(leaf.shape)}); expected at least one "
                     "example in dimension 0"
                 )
             return leaf.shape[0]
     raise ValueError(
-        f"inputs: expected a tensor, or a tuple, list or mapping that holds tensors with the examples in dimension 0; "
+        f"{name}: expected a tensor, or a tuple, list or mapping that holds tensors with the examples in dimension 0; "
         f"got {type(inputs).__name__} without one"
     )
 

@@ -120,12 +120,9 @@ UNFIT: dict[str, Any] = {
     "width": (inputs(20, 8), "static_inputs"),
     "nan": (torch.full((20, 4), math.nan, dtype=torch.float64), "static_inputs"),
 }
-UNNOTICED = pytest.mark.xfail(strict=True, reason="accepted in silence: A is then wrong or never usable")
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=UNNOTICED if kind in ("width", "nan") else ()) for kind in UNFIT]
-)
+@pytest.mark.parametrize("kind", UNFIT)
 def test_static_inputs_that_do_not_fit(kind: str) -> None:
     wrong, message = UNFIT[kind]
     with pytest.raises((ValueError, TypeError), match=message):
@@ -149,17 +146,7 @@ class Rearranged(nn.Module):
         return self.fc(x.transpose(1, 2))
 
 
-WRONG_ROWS = pytest.mark.xfail(strict=True, reason="rows are counted or cut wrongly where the layer sees a view")
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        pytest.param("flattened", marks=WRONG_ROWS),
-        pytest.param("positions first", marks=WRONG_ROWS),
-        pytest.param("over positions", marks=WRONG_ROWS),
-    ],
-)
+@pytest.mark.parametrize("how", ["flattened", "positions first", "over positions"])
 def test_layers_that_see_a_view_of_the_inputs(how: str) -> None:
     """A is that of the layer's own rows, or the inputs are refused because no layer sees them as they are."""
     everything, model = inputs(20, 3, 4), Rearranged(how).double()

@@ -42,11 +42,9 @@ def micro_batches(inputs: Any, targets: Any, size: int | None) -> list[tuple[Any
         raise ValueError("inputs: the batch is empty; expected at least one (inputs, targets) micro-batch")
     split: list[tuple[Any, Any]] = []
     for x, y in batches:
-        rows = batch_size(x)
-        if batch_size(y) != rows:
-            raise ValueError(
-                f"targets: {batch_size(y)} examples for {rows} inputs; expected one target for each example"
-            )
+        rows, answers = batch_size(x), batch_size(y, "targets")
+        if answers != rows:
+            raise ValueError(f"targets: {answers} examples for {rows} inputs; expected one target for each example")
         if size is None or rows <= size:
             split.append((x, y))
         else:

@@ -6,6 +6,7 @@ and γ rule (every T₂). Every decision is a tensor on the device; a number rea
 ``stats``.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from natgrad.layers.coverage import Coverage, Uncovered, cover
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView, batch_size
 from natgrad.operators.chain import Chain
+from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim import kfac_state
 from natgrad.optim.batches import micro_batches
 from natgrad.optim.evaluation import Evaluation, Evaluator
@@ -87,8 +89,11 @@ class KFAC(torch.optim.Optimizer):
     ) -> None:
         if structure != "block_diagonal":
             raise ValueError(f"structure={structure!r}: KFAC knows 'block_diagonal'")
-        if not l2 >= 0:
+        check_likelihood(likelihood)
+        if not 0 <= l2 < math.inf:
             raise ValueError(f"l2={l2}: expected a non-negative number")
+        if not lr >= 0:
+            raise ValueError(f"lr={lr}: expected a non-negative number; 1 takes the computed step")
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay}: expected 0 <= decay < 1")
         self.damping = damping if isinstance(damping, Damping) else Damping(value=damping)

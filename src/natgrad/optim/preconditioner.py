@@ -17,6 +17,7 @@ from natgrad.layers.coverage import Coverage, cover
 from natgrad.layers.watch import Watch
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView
+from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim import preconditioner_state
 from natgrad.optim.inverses import LayerInverses, Tikhonov
 from natgrad.optim.scaling import KLClip
@@ -87,6 +88,7 @@ class Preconditioner:
             raise ValueError(f"structure={structure!r}: Preconditioner knows 'block_diagonal'")
         if uncovered not in ("error", "identity"):
             raise ValueError(f"uncovered={uncovered!r}: Preconditioner knows 'error' and 'identity'")
+        check_likelihood(likelihood)
         check_expectation(likelihood, expectation, targets=(), samples=1)
         self.view, self.likelihood = ModelView(model, forward), likelihood
         self.damping, self.periods, self.scaling, self.expectation = damping, periods, scaling, expectation

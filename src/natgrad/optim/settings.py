@@ -27,7 +27,7 @@ class Damping:
     ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.value is not None and not self.value >= 0:
+        if self.value is not None and not 0 <= self.value < math.inf:
             raise ValueError(f"damping={self.value}: λ must be a non-negative number, or None to search for it")
         if not self.ratio > 0:
             raise ValueError(f"Damping(ratio={self.ratio}): expected a positive number")
@@ -45,6 +45,10 @@ class StepGuard:
     threshold: float = 0.0
     raise_damping: float = 1.5
 
+    def __post_init__(self) -> None:
+        if math.isnan(self.threshold) or not 0 < self.raise_damping < math.inf:
+            raise ValueError(f"{self}: expected a number as threshold and a positive raise_damping, such as 1.5")
+
 
 @dataclass(frozen=True)
 class Periods:
@@ -57,6 +61,10 @@ class Periods:
 
     inverses: int = 10
     early: tuple[int, ...] = (1, 2, 3, 5)
+
+    def __post_init__(self) -> None:
+        if self.inverses < 1:
+            raise ValueError(f"{self}: expected inverses >= 1, a number of updates")
 
     def due(self, update: int) -> bool:
         """Whether the inverses are refreshed at this update (counted from 1)."""
