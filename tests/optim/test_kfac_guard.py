@@ -55,6 +55,18 @@ def test_broken_targets_are_skipped(bad: float) -> None:
     assert opt.stats["skipped"] == 1 and torch.equal(before, vector(model))
 
 
+def test_running_statistics_do_not_take_in_a_broken_batch() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = data(ng.Gaussian(), 5, 3)
+    opt = ng.KFAC(model, ng.Gaussian())
+    opt.step(x, y)
+    before = [buffer.clone() for buffer in model.buffers()]
+    x[0, 0] = math.nan
+    opt.step(x, y)
+    assert opt.stats["skipped"] == 1 and len(before) == 3
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
 @by_likelihood
 @pytest.mark.parametrize("paper", [False, True])
 def test_a_broken_first_batch_is_survived(name: str, paper: bool) -> None:

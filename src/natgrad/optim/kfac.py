@@ -166,7 +166,8 @@ class KFAC(torch.optim.Optimizer):
             closure: not supported; see Raises.
 
         Returns:
-            the loss before the update, without the l2 term: a 0-d tensor (not finite where the batch was skipped).
+            the loss before the update, without the l2 term: a 0-d tensor. Where it or its gradient is not finite, the batch
+            is skipped and counted in ``stats["skipped"]``: parameters, buffers, factors, λ and γ stay as they were.
 
         Raises:
             TypeError: a closure is given. K-FAC evaluates the model itself; ``natgrad.Preconditioner`` works in loops
@@ -181,6 +182,7 @@ class KFAC(torch.optim.Optimizer):
         if inputs is None:
             return self._step_without_data()
         batches = micro_batches(inputs, targets, micro_batch_size)
+        buffers = [(buffer, buffer.clone()) for buffer in self.view.module.buffers()]
         evaluation = self._evaluator(
             batches,
             self.subsets,
@@ -190,6 +192,8 @@ class KFAC(torch.optim.Optimizer):
         )
         self._update_number += 1
         finite = torch.isfinite(evaluation.loss) & torch.isfinite(evaluation.gradient.sum())
+        for buffer, before in buffers:
+            keep_where(buffer, finite, before)
         self._add_l2(evaluation.gradient)
         self._running.update(factors_from(evaluation.statistics, in_place=True), finite)
         self._tie_gamma()
