@@ -166,8 +166,8 @@ class KFAC(torch.optim.Optimizer):
             closure: not supported; see Raises.
 
         Returns:
-            the loss before the update, without the l2 term: a 0-d tensor. Where it or its gradient is not finite, the batch
-            is skipped and counted in ``stats["skipped"]``: parameters, buffers, factors, λ and γ stay as they were.
+            the loss before the update, without the l2 term: a 0-d tensor. Where it or its gradient is not finite, the
+            batch is skipped and counted in ``stats["skipped"]``: parameters, buffers, factors, λ and γ stay as they were.
 
         Raises:
             TypeError: a closure is given. K-FAC evaluates the model itself; ``natgrad.Preconditioner`` works in loops
