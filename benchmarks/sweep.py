@@ -92,12 +92,25 @@ def recipe(results: dict[str, list[dict[str, Any]]], budgets: dict[str, float], 
     return {**record, "environment": surroundings}
 
 
+def at_edge(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The winners' settings that are the smallest or largest of several that were tried: better ones may lie beyond."""
+    found = []
+    for name, winner in best(rows).items():
+        for key, value in winner.items():
+            tried = {row[key] for row in rows if row["optimizer"] == name}
+            if len(tried) > 1 and value in (min(tried), max(tried)):
+                found.append(f"{name} {key} = {value:g} ({'smallest' if value == min(tried) else 'largest'})")
+    return found
+
+
 def tables(record: dict[str, Any]) -> list[str]:
     """What was tried, by task; the best of each optimiser first."""
     parts = []
     for task, rows in record["results"].items():
         parts.append(f"{task}, {record['cpu_seconds'][task]:g} CPU-seconds for each setting:")
         parts.append(table(COLUMNS, [[row[key] for key in COLUMNS] for row in rows]))
+        if found := at_edge(rows):
+            parts.append(f"At the edge of what was tried, so that better settings may lie beyond: {', '.join(found)}.")
     return parts
 
 

@@ -199,6 +199,15 @@ def test_the_sweep_ranks_and_writes(digits, tmp_path):
     assert len(well_formed(sweep.tables(record)[1])) == 3
 
 
+def test_the_sweep_says_when_a_winner_is_at_the_edge():
+    tried = ((3, 20), (1, 10), (2, 10), (3, 10))
+    rows = [{"optimizer": "adam", "lr": lr, "batch_size": m} for lr, m in tried]
+    assert sweep.at_edge(rows) == ["adam lr = 3 (largest)", "adam batch_size = 20 (largest)"]
+    assert sweep.at_edge([{**rows[2], "batch_size": 5}, {**rows[1], "batch_size": 5}, *rows]) == [
+        "adam batch_size = 5 (smallest)"
+    ]
+
+
 def test_the_recipe_of_the_baselines_is_what_the_sweep_found():
     record = json.loads((RECIPES / "baselines.json").read_text())
     assert record["command"].startswith("python -m benchmarks sweep")
