@@ -293,13 +293,16 @@ class KFAC(torch.optim.Optimizer):
         torch._foreach_add_(parameters, list(self.layout.parameters(self._previous).values()))
         actual = self.local.objective(evaluation.tapes, fresh=True) - before
         rho = reduction_ratio(actual, rows_model.change(coefficients))
+        norm = torch.linalg.vector_norm(self._previous).double()
+        slope = rows_model.slope @ coefficients
+        observed = self._lam + (2 * (actual - slope) - coefficients @ rows_model.curvature @ coefficients) / norm**2
         accepted = finite & torch.isfinite(actual)
         if self.guard is not None:
             accepted = accepted & (rho >= self.guard.threshold)
         for parameter, value in zip(parameters, old, strict=True):
             keep_where(parameter, accepted, value)
         keep_where(self._previous, accepted, 0.0)
-        self._lam = self._next_damping(rho, accepted, finite)
+        self._lam = self._next_damping(rho, accepted, finite, observed)
         updates = self._counts
         updates["skipped"] += (~finite).to(updates["skipped"].dtype)
         updates["rejected"] += (finite & ~accepted).to(updates["rejected"].dtype)
@@ -320,14 +323,14 @@ class KFAC(torch.optim.Optimizer):
             }
         )
 
-    def _next_damping(self, rho: Tensor, accepted: Tensor, finite: Tensor) -> Float[Tensor, ""]:
+    def _next_damping(self, rho: Tensor, accepted: Tensor, finite: Tensor, observed: Tensor) -> Float[Tensor, ""]:
         """The λ rule, and the guard's raise after a rejected update; a skipped batch changes nothing."""
         lam = self._lam
         rule = self.damping.rule
         if rule is not None and self._update_number % rule.every == 0:
             lam = rule(lam, rho, self.proposals.scale)
         if self.guard is not None:
-            lam = torch.where(accepted, lam, self._lam * self.guard.raise_damping)
+            lam = torch.where(accepted, lam, torch.fmax(self._lam * self.guard.raise_damping, observed))
         return torch.where(finite, lam, self._lam)
 
     def _scale_by_lr(self, update: Float[Tensor, " size"]) -> bool:
