@@ -21,10 +21,10 @@ from natgrad_lab.runner import XI, Diverged, Runner
 
 RECIPE = ROOT / "src" / "natgrad_lab" / "recipes" / "baselines.json"
 GRID: dict[str, list[dict[str, float]]] = {
-    name: [{"lr": lr, "batch_size": m} for m, lr in itertools.product((250, 500), rates)]
+    name: [{"lr": lr, "batch_size": m} for m, lr in itertools.product((32, 64, 125, 250), rates)]
     for name, rates in {"adam": (5e-4, 1e-3, 2e-3, 4e-3), "nesterov": (1e-3, 3e-3, 1e-2, 3e-2)}.items()
 }
-BUDGETS: dict[str, float] = {"curves": 40.0, "digits": 6.0, "mnist": 30.0}
+BUDGETS: dict[str, float] = {"curves": 25.0, "digits": 4.0, "mnist": 30.0}
 SLICES = 10  # turns that each setting takes
 COLUMNS = ("optimizer", "lr", "batch_size", "updates", "train_error", "test_error", "note")
 ABOUT = (

@@ -12,7 +12,8 @@ from torch import nn
 
 import natgrad as ng
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
-from natgrad.optim.settings import Damping, StepGuard
+from natgrad.optim.settings import Damping, StepGuard, Subsets
+from natgrad.quadratic import Subspace
 
 LIKELIHOODS = {"gaussian": ng.Gaussian(), "bernoulli": ng.Bernoulli(), "categorical": ng.Categorical()}
 by_likelihood = pytest.mark.parametrize("name", LIKELIHOODS)
@@ -151,3 +152,60 @@ def test_no_update_raises_the_loss_of_its_batch(problem: dict[str, Any]) -> None
         assert after <= before + 1e-12 * max(1.0, abs(before))
         before = after
     assert opt.stats["skipped"] == 0 and opt.stats["updates"] == 4
+
+
+def test_lambda_rises_to_the_curvature_that_was_observed() -> None:
+    """h(θ+δ) − h(θ) = s + ½ c along δ, where M has δᵀ C δ in the place of c: λ ‖δ‖² makes up the difference."""
+    model = Subspace(torch.tensor([-3.0, 1.0]).double(), torch.tensor([[2.0, 0.5], [0.5, 4.0]]).double())
+    coefficients, lam, norm = torch.tensor([1.5, -0.5]).double(), torch.tensor(0.1).double(), torch.tensor(2.0).double()
+    slope, curvature = model.slope @ coefficients, coefficients @ model.curvature @ coefficients
+    assert (slope, curvature) == (pytest.approx(-5.0), pytest.approx(4.75))
+    guard = StepGuard(raise_damping=1.5)
+    change = slope + 0.5 * 12.0
+    found = guard.raised(lam, model, coefficients, change, torch.tensor(7.0).double(), norm)
+    assert found == pytest.approx(0.1 + (12.0 - 4.75) / 4)
+    # rounding, an overflow, and a curvature below M's: only what raise_damping says
+    for actual, before in ((change, 1e7), (torch.tensor(math.inf).double(), 7.0), (slope + 0.5 * 4.0, 7.0)):
+        found = guard.raised(lam, model, coefficients, actual, torch.tensor(before).double(), norm)
+        assert found == pytest.approx(0.15)
+
+
+def test_an_update_that_suits_the_curvature_rows_alone_is_rejected() -> None:
+    likelihood, model = ng.Gaussian(), mlp(5, 4, 3)
+    x, y = data(likelihood, 5, 3, n=40)
+    opt = ng.KFAC(model, likelihood, subsets=Subsets(1 / 4, 1 / 4), guard=StepGuard(tolerance=0.02))
+    opt.step(x, y)
+    true_loss, before, lam = opt.local.loss, vector(model), opt.stats["lambda"]
+    for share, accepted in ((0.03, False), (0.01, True)):
+
+        def loss(rows: Any, *, fresh: bool, share: float = share) -> torch.Tensor:
+            held_out = len(rows[0].inputs) == 10 and not hasattr(rows[0], "z")
+            return true_loss(rows, fresh=False) * (1 + share) if held_out and fresh else true_loss(rows, fresh=fresh)
+
+        opt.local.loss = loss
+        opt.step(x, y)
+        assert bool(opt.stats["accepted"]) is accepted and torch.equal(before, vector(model)) is not accepted
+        assert accepted or opt.stats["lambda"] >= 1.5 * lam
+
+
+@pytest.mark.parametrize("chain", [True, False])
+def test_rows_held_out_are_others_than_the_curvature_rows(chain: bool) -> None:
+    model = mlp(5, 4, 3)
+    model = model if chain else nn.Sequential(model, nn.Dropout(0.0))
+    x, y = data(ng.Gaussian(), 5, 3, n=40)
+    for share, expected in ((1 / 4, 10), (3 / 4, 10), (1.0, 0)):
+        opt = ng.KFAC(model, ng.Gaussian(), subsets=Subsets(share, share))
+        found = opt._evaluator([(x, y)], opt.subsets, opt._generator, opt._gradient, held_out=True)
+        used = torch.cat([tape.inputs for tape in found.tapes])
+        held = torch.cat([rows.inputs for rows in found.held_out]) if found.held_out else x[:0]
+        assert (len(used), len(held)) == (int(40 * share), expected)
+        assert len(torch.unique(torch.cat([used, held]), dim=0)) == len(used) + len(held)
+        for rows in found.held_out:
+            assert rows.nll == pytest.approx(ng.Gaussian().nll(model(rows.inputs), rows.targets, count=1).item())
+        assert found.loss == pytest.approx(ng.Gaussian().nll(model(x), y).item())
+
+
+def test_more_rows_while_the_averages_are_young() -> None:
+    subsets = Subsets(1 / 16, 1 / 8, minimum=64, early=256)
+    assert [subsets.at(k).rows(1000) for k in (1, 20, 21)] == [(256, 256), (256, 256), (64, 125)]
+    assert subsets.at(1).rows(100) == (100, 100) and Subsets().at(1) == Subsets()

@@ -30,22 +30,28 @@ from natgrad.optim.static import StaticInputs
 
 
 @dataclass
-class Tape:
-    """What is kept of one chunk of curvature rows until the update is accepted."""
+class Rows:
+    """A chunk of rows whose loss is evaluated again after the update, and what it was before."""
 
     inputs: Any
     targets: Any
     replay: Replay | AbstractContextManager[None]
-    layer_inputs: dict[str, Tensor]
-    z: Float[Tensor, "rows ..."]
-    derivative: Float[Tensor, "rows ..."]  # of the summed nll with respect to z
     nll: Float[Tensor, ""]  # summed
     count: Float[Tensor, ""]
 
 
 @dataclass
+class Tape(Rows):
+    """What is kept of one chunk of curvature rows until the update is accepted."""
+
+    layer_inputs: dict[str, Tensor]
+    z: Float[Tensor, "rows ..."]
+    derivative: Float[Tensor, "rows ..."]  # of the summed nll with respect to z
+
+
+@dataclass
 class Evaluation:
-    """The mean loss and its gradient over the whole batch, and the curvature rows' statistics and tapes."""
+    """The mean loss and its gradient over the whole batch, the curvature rows' statistics and tapes, rows held out."""
 
     loss: Float[Tensor, ""]
     gradient: Float[Tensor, " size"]
@@ -53,6 +59,7 @@ class Evaluation:
     tapes: list[Tape]
     count: Float[Tensor, ""]
     rows: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # (a, g) per chunk: the low-rank form
+    held_out: list[Rows] = field(default_factory=list)  # no part of the curvature rows
 
 
 @dataclass
@@ -66,6 +73,7 @@ class _Pass:
     replay: Replay | AbstractContextManager[None] | None = None
     sampled: int = 0  # so many leading rows get sampled targets; with any, all rows are curvature rows
     gradient: bool = True  # whether the rows add to loss and gradient
+    held_out: bool = False
 
 
 @dataclass
@@ -99,6 +107,7 @@ class Evaluator:
         generator: torch.Generator,
         into: Float[Tensor, " size"],
         keep_rows: bool = False,
+        held_out: bool = False,
     ) -> Evaluation:
         """Loss, gradient (written to ``into``), statistics and tapes.
 
@@ -108,17 +117,19 @@ class Evaluator:
             generator: the source of the subsets and of the sampled targets.
             into: a flat buffer that receives the gradient of the mean loss, without the l2 term.
             keep_rows: keep every a and g of the batch for the low-rank form.
+            held_out: also hold out as many rows as there are curvature rows, where the batch has that many more.
         """
         written = False  # whether the gradient's buffer holds anything yet
         total = torch.zeros((), dtype=into.dtype, device=into.device)
         count = torch.zeros_like(total)
         statistics: Statistics | None = None
         tapes: list[Tape] = []
+        checks: list[Rows] = []
         rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
         batches = list(batches)
         examples = sum(batch_size(inputs) for inputs, _ in batches)
         for inputs, targets in batches:
-            for part in self._passes(inputs, targets, subsets, generator):
+            for part in self._passes(inputs, targets, subsets, generator, held_out):
                 if not self.checked:
                     check_captured(part.record, part.z)
                     validate_targets(self.likelihood, part.z.detach(), part.targets)
@@ -134,30 +145,36 @@ class Evaluator:
                     count += part_count
                     if keep_rows:
                         _keep_rows(part.record, gradients, rows)
-                if part.sampled and part.replay is not None:
+                if part.replay is None:
+                    continue
+                again = part.inputs, part.targets, part.replay, nll, part_count
+                if part.held_out:
+                    checks.append(Rows(*again))
+                if part.sampled:
                     new = self._statistics(part, known, generator)
                     if self._sums:
                         new = replace(new, count=new.count * (part.sampled / examples), additive=True)
                     statistics = new if statistics is None else statistics + new
                     layer_inputs = {name: found[0] for name, found in part.record.inputs.items() if len(found) == 1}
-                    z = part.z.detach()
-                    tape = Tape(part.inputs, part.targets, part.replay, layer_inputs, z, derivative, nll, part_count)
-                    tapes.append(tape)
+                    tapes.append(Tape(*again, layer_inputs, part.z.detach(), derivative))
         if statistics is None:
             raise ValueError("inputs: expected at least one micro-batch")
         into /= count
         self.checked = True
-        return Evaluation(total / count, into, statistics, tapes, count, rows)
+        return Evaluation(total / count, into, statistics, tapes, count, rows, checks)
 
     @property
     def _sums(self) -> bool:
         """Whether the likelihood counts 1 for a batch of any size: some of its rows then count for their share."""
         return getattr(self.likelihood, "normalizer", None) == "none"
 
-    def _passes(self, inputs: Any, targets: Any, subsets: Subsets, generator: torch.Generator) -> Iterator[_Pass]:
+    def _passes(
+        self, inputs: Any, targets: Any, subsets: Subsets, generator: torch.Generator, held_out: bool
+    ) -> Iterator[_Pass]:
         """Forward passes that hold every row once for the gradient, and the curvature rows together."""
         size = batch_size(inputs)
         sampled, wanted = subsets.rows(size)
+        checked = min(wanted, size - wanted) if held_out else 0
         if self.chain is not None:
             replay = nullcontext()  # nothing is random in a chain
             record, z = self._forward(inputs, graph=False)
@@ -167,9 +184,13 @@ class Evaluator:
                     yield _Pass(record, z, inputs, targets, replay, sampled)
                     return
                 yield _Pass(record, z, inputs, targets)
-                chosen = torch.randperm(size, generator=generator, device=generator.device)[:wanted]
+                order = torch.randperm(size, generator=generator, device=generator.device)
+                chosen, others = order[:wanted], order[wanted : wanted + checked]
                 x, y = _select_both(inputs, targets, chosen)
                 yield _Pass(record.select(chosen), z[chosen], x, y, replay, sampled, gradient=False)
+                if checked:
+                    x, y = _select_both(inputs, targets, others)
+                    yield _Pass(record, z[others], x, y, replay, gradient=False, held_out=True)
                 return
         if wanted >= size or couples_examples(self.view.module):
             replay = self.view.snapshot()
@@ -179,8 +200,13 @@ class Evaluator:
         x, y = _select_both(inputs, targets, order[:wanted])
         replay = self.view.snapshot()
         yield _Pass(*self._forward(x), x, y, replay, sampled)
-        x, y = _select_both(inputs, targets, order[wanted:])
-        yield _Pass(*self._forward(x), x, y)
+        if checked:
+            x, y = _select_both(inputs, targets, order[wanted : wanted + checked])
+            replay = self.view.snapshot()
+            yield _Pass(*self._forward(x), x, y, replay, held_out=True)
+        if wanted + checked < size:
+            x, y = _select_both(inputs, targets, order[wanted + checked :])
+            yield _Pass(*self._forward(x), x, y)
 
     def _forward(self, inputs: Any, *, graph: bool = True) -> tuple[Record, Tensor]:
         with torch.set_grad_enabled(graph), self.view.curvature_pass(), self.capture.record() as record:

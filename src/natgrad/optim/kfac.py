@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.curvature.base import factors_from
-from natgrad.curvature.running import RunningFactors
+from natgrad.curvature.running import RunningFactors, mean_eigenvalue
 from natgrad.damping import FactoredTikhonov
 from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
 from natgrad.layers.capture import Capture
@@ -50,7 +50,8 @@ class KFAC(torch.optim.Optimizer):
         model: any module; its ``nn.Linear`` layers get Kronecker factors.
         likelihood: ``p(y | z)``; its ``nll`` is the loss.
         structure: ``"block_diagonal"``.
-        damping: None (λ is found on the first batch), a number (λ without η at the first update) or a :class:`Damping`.
+        damping: None (λ starts from the factors of the first batch), a number (λ without η at the first update) or a
+            :class:`Damping`.
         l2: η, the coefficient of ``½ ‖θ‖²`` in the objective.
         momentum: whether δ₀ takes part (False gives μ = 0).
         seed: of the optimiser's own random stream (subsets, sampled targets).
@@ -79,7 +80,7 @@ class KFAC(torch.optim.Optimizer):
         momentum: bool = True,
         seed: int = 0,
         forward: Forward | None = None,
-        subsets: Subsets = Subsets(1 / 8, 1 / 8, minimum=128),
+        subsets: Subsets = Subsets(1 / 16, 1 / 16, minimum=64, early=256),
         periods: Periods = Periods(),
         guard: StepGuard | None = StepGuard(),
         decay: float = 0.95,
@@ -124,7 +125,7 @@ class KFAC(torch.optim.Optimizer):
         real = torch.float64 if view.device.type != "mps" else torch.float32
         scalar = torch.zeros((), dtype=real, device=view.device)
         self._update_number = 0
-        self._searching = self.damping.value is None
+        self._started = self.damping.value is not None
         self._lam = scalar + (self.damping.value if self.damping.value is not None else torch.nan)
         self._gamma = (self._lam + l2).sqrt()
         self._running = RunningFactors(decay)
@@ -167,7 +168,8 @@ class KFAC(torch.optim.Optimizer):
 
         Returns:
             the loss before the update, without the l2 term: a 0-d tensor. Where it or its gradient is not finite, the
-            batch is skipped and counted in ``stats["skipped"]``: parameters, buffers, factors, λ and γ stay as they were.
+            batch is skipped and counted in ``stats["skipped"]``: parameters, buffers, factors, λ and γ stay as they
+            were.
 
         Raises:
             TypeError: a closure is given. K-FAC evaluates the model itself; ``natgrad.Preconditioner`` works in loops
@@ -185,10 +187,11 @@ class KFAC(torch.optim.Optimizer):
         buffers = [(buffer, buffer.clone()) for buffer in self.view.module.buffers()]
         evaluation = self._evaluator(
             batches,
-            self.subsets,
+            self.subsets.at(self._update_number + 1),
             self._generator,
             self._gradient,
             keep_rows=self.proposals.wants_rows(sum(batch_size(x) for x, _ in batches)),
+            held_out=self.guard is not None,
         )
         self._update_number += 1
         finite = torch.isfinite(evaluation.loss) & torch.isfinite(evaluation.gradient.sum())
@@ -197,8 +200,8 @@ class KFAC(torch.optim.Optimizer):
         self._add_l2(evaluation.gradient)
         self._running.update(factors_from(evaluation.statistics, in_place=True), finite)
         self._tie_gamma()
-        if self._searching:
-            self._search(evaluation, finite)
+        if not self._started:
+            self._start(finite)
         elif self.periods.due(self._update_number):
             self.proposals.refresh(self._gamma**2)
         self._adapt_gamma(evaluation)
@@ -239,12 +242,12 @@ class KFAC(torch.optim.Optimizer):
                 "step: inputs are missing; expected step(inputs, targets), for K-FAC evaluates the model itself"
             )
 
-    def _search(self, evaluation: Evaluation, finite: Tensor) -> None:
-        """Find λ on the first batch that is finite; waits for the device, this once."""
+    def _start(self, finite: Tensor) -> None:
+        """λ from the factors of the first batch that is finite; waits for the device, this once."""
         if not finite:
             return
-        self._searching = False
-        self._lam = self._trials.first_damping(evaluation, self._gamma_ratio, self.l2, self._proposal)
+        self._started = True
+        self._lam = self.damping.start * mean_eigenvalue(self._running.factors).to(self._lam.dtype)
         self._tie_gamma(start=True)
         self.proposals.refresh(self._gamma**2)
 
@@ -293,16 +296,17 @@ class KFAC(torch.optim.Optimizer):
         torch._foreach_add_(parameters, list(self.layout.parameters(self._previous).values()))
         actual = self.local.objective(evaluation.tapes, fresh=True) - before
         rho = reduction_ratio(actual, rows_model.change(coefficients))
-        norm = torch.linalg.vector_norm(self._previous).double()
-        slope = rows_model.slope @ coefficients
-        observed = self._lam + (2 * (actual - slope) - coefficients @ rows_model.curvature @ coefficients) / norm**2
-        accepted = finite & torch.isfinite(actual)
+        accepted, raised = finite & torch.isfinite(actual), self._lam
         if self.guard is not None:
-            accepted = accepted & (rho >= self.guard.threshold)
+            held_before, held_after = (self._held_out_loss(evaluation, fresh=fresh) for fresh in (False, True))
+            accepted = accepted & self.guard.accepts(rho, held_before, held_after)
+            worst = torch.fmax(actual, held_after - held_before)
+            norm = torch.linalg.vector_norm(self._previous).double()
+            raised = self.guard.raised(self._lam, rows_model, coefficients, worst, before, norm)
         for parameter, value in zip(parameters, old, strict=True):
             keep_where(parameter, accepted, value)
         keep_where(self._previous, accepted, 0.0)
-        self._lam = self._next_damping(rho, accepted, finite, observed)
+        self._lam = self._next_damping(rho, accepted, finite, raised)
         updates = self._counts
         updates["skipped"] += (~finite).to(updates["skipped"].dtype)
         updates["rejected"] += (finite & ~accepted).to(updates["rejected"].dtype)
@@ -323,15 +327,19 @@ class KFAC(torch.optim.Optimizer):
             }
         )
 
-    def _next_damping(self, rho: Tensor, accepted: Tensor, finite: Tensor, observed: Tensor) -> Float[Tensor, ""]:
+    def _next_damping(self, rho: Tensor, accepted: Tensor, finite: Tensor, raised: Tensor) -> Float[Tensor, ""]:
         """The λ rule, and the guard's raise after a rejected update; a skipped batch changes nothing."""
         lam = self._lam
         rule = self.damping.rule
         if rule is not None and self._update_number % rule.every == 0:
             lam = rule(lam, rho, self.proposals.scale)
-        if self.guard is not None:
-            lam = torch.where(accepted, lam, torch.fmax(self._lam * self.guard.raise_damping, observed))
-        return torch.where(finite, lam, self._lam)
+        return torch.where(finite, torch.where(accepted, lam, raised), self._lam)
+
+    def _held_out_loss(self, evaluation: Evaluation, *, fresh: bool) -> Float[Tensor, ""]:
+        """The loss of rows that had no part in F; 0 where the batch is too small to have any."""
+        if not evaluation.held_out:
+            return torch.zeros_like(self._lam)
+        return self.local.loss(evaluation.held_out, fresh=fresh)
 
     def _scale_by_lr(self, update: Float[Tensor, " size"]) -> bool:
         """Multiply each parameter's part by its group's lr; False where every lr is 1."""

@@ -116,7 +116,7 @@ def load(kfac: "KFAC", numbers: Mapping[str, Any], tensors: list[Mapping[str, Te
     device = kfac._previous.device
     kfac._update_number = int(numbers["update"])
     kfac._lam = torch.full_like(kfac._lam, numbers["lambda"])
-    kfac._searching = bool(kfac._lam.isnan())
+    kfac._started = not kfac._lam.isnan()
     kfac._gamma = torch.full_like(kfac._gamma, numbers["gamma"])
     kfac.proposals.scale = torch.full_like(kfac._lam, numbers["scale"])
     kfac.proposals.inverses.failures = int(numbers["failed_inverses"])

@@ -15,7 +15,7 @@ from natgrad.likelihoods import Likelihood, nll_and_score
 from natgrad.model_view import ModelView
 from natgrad.operators.chain import Chain
 from natgrad.operators.linearize import jacobian_products
-from natgrad.optim.evaluation import Tape
+from natgrad.optim.evaluation import Rows, Tape
 from natgrad.optim.layout import JointLayout
 from natgrad.quadratic import Subspace
 
@@ -62,10 +62,7 @@ class LocalModel:
 
     def objective(self, tapes: Sequence[Tape], *, fresh: bool) -> Float[Tensor, ""]:
         """h on the curvature rows, with the l2 term: as the tapes hold it, or ``fresh`` at the present parameters."""
-        if fresh:
-            value = self._rows_loss(tapes)
-        else:
-            value = torch.stack([tape.nll.double() for tape in tapes]).sum() / sum(tape.count for tape in tapes)
+        value = self.loss(tapes, fresh=fresh)
         if self.l2:
             squares = [parameter.square().sum() for parameter in self.view.parameters.values()]
             value = value + 0.5 * self.l2 * torch.stack(squares).sum()
@@ -83,14 +80,17 @@ class LocalModel:
             parameter.copy_(old[name])
         return value
 
-    def _rows_loss(self, tapes: Sequence[Tape]) -> Float[Tensor, ""]:
-        """The mean nll of the curvature rows at the present parameters, with the dropout masks of the tape."""
-        total = torch.zeros((), dtype=torch.float64, device=tapes[0].nll.device)
-        for tape in tapes:
-            with tape.replay:
-                z = self.view(tape.inputs)
-            total += nll_and_score(self.likelihood, z, tape.targets)[0]
-        return total / sum(tape.count for tape in tapes)
+    def loss(self, rows: Sequence[Rows], *, fresh: bool) -> Float[Tensor, ""]:
+        """The mean nll of rows: as it was, or ``fresh`` at the present parameters with the dropout masks of then."""
+        total = torch.zeros((), dtype=torch.float64, device=rows[0].nll.device)
+        for chunk in rows:
+            nll = chunk.nll
+            if fresh:
+                with chunk.replay:
+                    z = self.view(chunk.inputs)
+                nll, _ = nll_and_score(self.likelihood, z, chunk.targets)
+            total += nll
+        return total / sum(chunk.count for chunk in rows)
 
     def _tangents(self, tape: Tape, directions: Sequence[Tensor]) -> list[Tensor]:
         if self.chain is not None and tape.layer_inputs:

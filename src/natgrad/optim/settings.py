@@ -1,10 +1,20 @@
 """K-FAC's settings as objects: damping, guard, periods, subsets. Every constant stands here with its source."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
+from natgrad.quadratic import Subspace
+
+# Smaller relative changes of a loss in single precision may be rounding.
+_ROUNDING = 1e-6
+# After so many, ε = min(1 − 1/k, 0.95) is at its cap.
+_EARLY_UPDATES = 20
 
 
 @dataclass(frozen=True)
@@ -12,12 +22,13 @@ class Damping:
     """λ and γ: how they start, how they enter the inverse and how they move.
 
     Args:
-        value: λ at the first update (without η). None: the power of ten that lowers the loss of the first batch most.
+        value: λ at the first update (without η). None: ``start`` times the mean eigenvalue of F̆ on the first batch.
         form: how damping enters the inverse of a block: exact or factored Tikhonov.
         rule: the λ rule, or None to keep λ.
         gamma: the γ rule, or None for ``γ = ratio √(λ + η)`` at every update.
         ratio: of γ and √(λ + η) where no rule moves γ. M has the exact F and needs little damping, its block-diagonal
             approximation more: 4 was better than 1 and 10 on three data sets (``docs/log.md``).
+        start: see ``value``.
     """
 
     value: float | None = None
@@ -25,12 +36,14 @@ class Damping:
     rule: LevenbergMarquardt | None = LevenbergMarquardt(every=1, decay=0.6, minimum=1e-3)
     gamma: GreedyGamma | None = None
     ratio: float = 4.0
+    start: float = 0.03
 
     def __post_init__(self) -> None:
         if self.value is not None and not 0 <= self.value < math.inf:
-            raise ValueError(f"damping={self.value}: λ must be a non-negative number, or None to search for it")
-        if not self.ratio > 0:
-            raise ValueError(f"Damping(ratio={self.ratio}): expected a positive number")
+            raise ValueError(f"damping={self.value}: λ must be a non-negative number, or None for the first batch's")
+        for name in ("ratio", "start"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"Damping({name}={getattr(self, name)}): expected a positive number")
 
 
 @dataclass(frozen=True)
@@ -39,15 +52,53 @@ class StepGuard:
 
     Args:
         threshold: reject below this reduction ratio ρ.
-        raise_damping: what λ is then multiplied by.
+        raise_damping: what λ is then multiplied by, at least: where the loss rose, λ becomes what would have made M's
+            curvature along the update the observed one.
+        tolerance: also reject where the loss of rows that had no part in F rises by more than this share of it. M
+            knows a few rows only, and an update may suit just them.
     """
 
     threshold: float = 0.0
     raise_damping: float = 1.5
+    tolerance: float = 0.02
 
     def __post_init__(self) -> None:
+        if not self.tolerance >= 0:
+            raise ValueError(f"StepGuard(tolerance={self.tolerance}): expected a non-negative share")
         if math.isnan(self.threshold) or not 0 < self.raise_damping < math.inf:
             raise ValueError(f"{self}: expected a number as threshold and a positive raise_damping, such as 1.5")
+
+    def accepts(self, rho: Tensor, before: Tensor, after: Tensor) -> Bool[Tensor, ""]:
+        """Whether an update stays.
+
+        Args:
+            rho: its reduction ratio.
+            before: the loss of the rows held out.
+            after: that loss at the new parameters.
+        """
+        return (rho >= self.threshold) & (after - before <= self.tolerance * before.abs())
+
+    def raised(
+        self, lam: Tensor, model: Subspace, coefficients: Tensor, actual: Tensor, before: Tensor, norm: Tensor
+    ) -> Float[Tensor, ""]:
+        """λ after a rejected update δ: ``λ + (c − δᵀ C δ) / ‖δ‖²`` with ``h(θ+δ) − h(θ) = ∇h·δ + ½ c``.
+
+        Multiplying λ by a constant alone would take dozens of rejected updates where the Fisher matrix is a small part
+        of the Hessian. A change that may be rounding tells nothing: then λ is multiplied by ``raise_damping``.
+
+        Args:
+            lam: λ.
+            model: M on the rows that it was built from; C is its curvature.
+            coefficients: of δ in it.
+            actual: h(θ + δ) − h(θ).
+            before: h(θ).
+            norm: ‖δ‖.
+        """
+        excess = 2 * (actual - model.slope @ coefficients) - coefficients @ model.curvature @ coefficients
+        observed = lam + excess / norm**2
+        telling = torch.isfinite(observed) & (actual > _ROUNDING * before.abs())
+        least = lam * self.raise_damping
+        return torch.where(telling, torch.maximum(observed, least), least)
 
 
 @dataclass(frozen=True)
@@ -101,17 +152,25 @@ class Subsets:
         factors: τ₁, the share whose sampled targets update the factors.
         curvature: τ₂, the share on which F Δ and ρ are computed; at least τ₁.
         minimum: use at least this many rows for either, where the batch has them.
+        early: use at least this many in the first 20 updates, while the averages of the factors hold few estimates.
     """
 
     factors: float = 1 / 8
     curvature: float = 1 / 4
     minimum: int = 1
+    early: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.factors <= self.curvature <= 1:
             raise ValueError(
                 f"Subsets(factors={self.factors}, curvature={self.curvature}): expected 0 < factors <= curvature <= 1"
             )
+
+    def at(self, update: int) -> "Subsets":
+        """The subsets of one update (counted from 1)."""
+        if update > _EARLY_UPDATES or self.early <= self.minimum:
+            return self
+        return replace(self, minimum=self.early)
 
     def rows(self, batch: int) -> tuple[int, int]:
         """How many rows of a batch serve the factors, and how many F Δ and ρ."""

@@ -1,6 +1,5 @@
-"""Values of λ and γ chosen by trying them: the start of λ, and the γ rule [KFAC, sec. 6.6]."""
+"""γ chosen by trying: the γ rule [KFAC, sec. 6.6]."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,6 @@ from natgrad.optim.evaluation import Evaluation
 from natgrad.optim.local_model import LocalModel
 from natgrad.optim.proposal import Proposals
 from natgrad.quadratic import best_coefficients, best_step
-
-# The search for λ at the first update: from 1 (without η) uphill or downhill in decades, so many at most.
-_DECADES = 6
 
 
 @dataclass
@@ -27,35 +23,6 @@ class Trials:
 
     local: LocalModel
     proposals: Proposals
-
-    def first_damping(
-        self, evaluation: Evaluation, ratio: float, l2: float, scratch: Float[Tensor, " size"]
-    ) -> Float[Tensor, ""]:
-        """The power of ten λ whose update lowers the loss of the first batch most, as found downhill from λ = 1.
-
-        Args:
-            evaluation: of the first batch.
-            ratio: of γ and √(λ + η).
-            l2: η.
-            scratch: a flat buffer.
-        """
-        values: dict[int, float] = {}
-
-        def loss(exponent: int) -> float:
-            if exponent not in values:
-                damping = torch.tensor(10.0**exponent + l2, dtype=torch.float64, device=scratch.device)
-                self.proposals.refresh(ratio**2 * damping)
-                self.proposals.write(evaluation, ratio**2 * damping, scratch)
-                model, _ = self.local.subspaces(evaluation.tapes, evaluation.gradient, [scratch], damping)
-                value = float(self.local.trial(evaluation.tapes, [(best_step(model), scratch)]))
-                values[exponent] = value if math.isfinite(value) else math.inf
-            return values[exponent]
-
-        best = 0
-        for direction in (1, -1):
-            while abs(best) < _DECADES and loss(best + direction) < loss(best):
-                best += direction
-        return torch.tensor(10.0**best, dtype=torch.float64, device=scratch.device)
 
     def best_gamma(
         self,
