@@ -55,9 +55,9 @@ class Evaluation:
 
     loss: Float[Tensor, ""]
     gradient: Float[Tensor, " size"]
-    statistics: Statistics
-    tapes: list[Tape]
     count: Float[Tensor, ""]
+    statistics: Statistics = field(default_factory=Statistics)
+    tapes: list[Tape] = field(default_factory=list)
     rows: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # (a, g) per chunk: the low-rank form
     held_out: list[Rows] = field(default_factory=list)  # no part of the curvature rows
 
@@ -119,49 +119,60 @@ class Evaluator:
             keep_rows: keep every a and g of the batch for the low-rank form.
             held_out: also hold out as many rows as there are curvature rows, where the batch has that many more.
         """
-        written = False  # whether the gradient's buffer holds anything yet
-        total = torch.zeros((), dtype=into.dtype, device=into.device)
-        count = torch.zeros_like(total)
-        statistics: Statistics | None = None
-        tapes: list[Tape] = []
-        checks: list[Rows] = []
-        rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        zero = torch.zeros((), dtype=into.dtype, device=into.device)
+        found = Evaluation(zero, into, zero.clone())
         batches = list(batches)
+        if not batches:
+            raise ValueError("inputs: expected at least one micro-batch")
         examples = sum(batch_size(inputs) for inputs, _ in batches)
+        first = True
         for inputs, targets in batches:
             for part in self._passes(inputs, targets, subsets, generator, held_out):
-                if not self.checked:
-                    check_captured(part.record, part.z)
-                    validate_targets(self.likelihood, part.z.detach(), part.targets)
-                known = self.static.factors(part.record, part.inputs) if self.static is not None else None
-                nll, derivative = nll_and_score(self.likelihood, part.z, part.targets)
-                part_count = torch.as_tensor(self.likelihood.count(part.z.detach(), part.targets), device=into.device)
-                if self._sums:
-                    part_count = part_count * (batch_size(part.inputs) / examples)
-                if part.gradient:
-                    gradients = self._accumulate(part, derivative, into, add=written)
-                    written = True
-                    total += nll
-                    count += part_count
-                    if keep_rows:
-                        _keep_rows(part.record, gradients, rows)
-                if part.replay is None:
-                    continue
-                again = part.inputs, part.targets, part.replay, nll, part_count
-                if part.held_out:
-                    checks.append(Rows(*again))
-                if part.sampled:
-                    new = self._statistics(part, known, generator)
-                    if self._sums:
-                        new = replace(new, count=new.count * (part.sampled / examples), additive=True)
-                    statistics = new if statistics is None else statistics + new
-                    layer_inputs = {name: found[0] for name, found in part.record.inputs.items() if len(found) == 1}
-                    tapes.append(Tape(*again, layer_inputs, part.z.detach(), derivative))
-        if statistics is None:
-            raise ValueError("inputs: expected at least one micro-batch")
-        into /= count
+                self._take(part, found, examples, generator, keep_rows=keep_rows, first=first)
+                first = False
+                del part  # and what it holds, before the next pass is made
+        into /= found.count
+        found.loss /= found.count
         self.checked = True
-        return Evaluation(total / count, into, statistics, tapes, count, rows, checks)
+        return found
+
+    def _take(
+        self,
+        part: _Pass,
+        found: Evaluation,
+        examples: int,
+        generator: torch.Generator,
+        *,
+        keep_rows: bool,
+        first: bool,
+    ) -> None:
+        """Add what a pass contributes to the sums in ``found``; ``first``: the gradient's buffer holds nothing yet."""
+        if not self.checked:
+            check_captured(part.record, part.z)
+            validate_targets(self.likelihood, part.z.detach(), part.targets)
+        known = self.static.factors(part.record, part.inputs) if self.static is not None else None
+        nll, derivative = nll_and_score(self.likelihood, part.z, part.targets)
+        count = torch.as_tensor(self.likelihood.count(part.z.detach(), part.targets), device=nll.device)
+        if self._sums:
+            count = count * (batch_size(part.inputs) / examples)
+        if part.gradient:
+            gradients = self._accumulate(part, derivative, found.gradient, add=not first)
+            found.loss += nll
+            found.count += count
+            if keep_rows:
+                _keep_rows(part.record, gradients, found.rows)
+        if part.replay is None:
+            return
+        again = part.inputs, part.targets, part.replay, nll, count
+        if part.held_out:
+            found.held_out.append(Rows(*again))
+        if part.sampled:
+            new = self._statistics(part, known, generator)
+            if self._sums:
+                new = replace(new, count=new.count * (part.sampled / examples), additive=True)
+            found.statistics = found.statistics + new if found.tapes else new
+            layer_inputs = {name: calls[0] for name, calls in part.record.inputs.items() if len(calls) == 1}
+            found.tapes.append(Tape(*again, layer_inputs, part.z.detach(), derivative))
 
     @property
     def _sums(self) -> bool:
@@ -183,14 +194,16 @@ class Evaluator:
                 if wanted >= size:
                     yield _Pass(record, z, inputs, targets, replay, sampled)
                     return
-                yield _Pass(record, z, inputs, targets)
                 order = torch.randperm(size, generator=generator, device=generator.device)
-                chosen, others = order[:wanted], order[wanted : wanted + checked]
-                x, y = _select_both(inputs, targets, chosen)
-                yield _Pass(record.select(chosen), z[chosen], x, y, replay, sampled, gradient=False)
-                if checked:
-                    x, y = _select_both(inputs, targets, others)
-                    yield _Pass(record, z[others], x, y, replay, gradient=False, held_out=True)
+                parts = []
+                for rows, of_curvature in ((order[:wanted], True), (order[wanted : wanted + checked], False)):
+                    some, x_and_y = record.select(rows), _select_both(inputs, targets, rows)
+                    count = sampled if of_curvature else 0
+                    part = _Pass(some, z[rows], *x_and_y, replay, count, gradient=False, held_out=not of_curvature)
+                    parts.append(part)
+                yield _Pass(record, z, inputs, targets)
+                del record, z  # what all rows left behind is not needed any more
+                yield from parts if checked else parts[:1]
                 return
         if wanted >= size or couples_examples(self.view.module):
             replay = self.view.snapshot()
