@@ -27,7 +27,7 @@ class Damping:
         rule: the λ rule, or None to keep λ.
         gamma: the γ rule, or None for ``γ = ratio √(λ + η)`` at every update.
         ratio: of γ and √(λ + η) where no rule moves γ. M has the exact F and needs little damping, its block-diagonal
-            approximation more: 4 was better than 1 and 10 on three data sets (``docs/log.md``).
+            approximation more: 4 was better than 1 and 10 on three data sets (``docs/decisions``, 0003).
         start: see ``value``.
     """
 
