@@ -296,17 +296,19 @@ class KFAC(torch.optim.Optimizer):
         torch._foreach_add_(parameters, list(self.layout.parameters(self._previous).values()))
         actual = self.local.objective(evaluation.tapes, fresh=True) - before
         rho = reduction_ratio(actual, rows_model.change(coefficients))
-        accepted, raised = finite & torch.isfinite(actual), self._lam
+        norm = torch.linalg.vector_norm(self._previous).to(self._lam.dtype)
+        lam = self._ruled_damping(rho)
+        accepted = finite & torch.isfinite(actual)
         if self.guard is not None:
-            held_before, held_after = (self._held_out_loss(evaluation, fresh=fresh) for fresh in (False, True))
-            accepted = accepted & self.guard.accepts(rho, held_before, held_after)
-            worst = torch.fmax(actual, held_after - held_before)
-            norm = torch.linalg.vector_norm(self._previous).double()
+            held_out = [self.local.loss(evaluation.held_out, fresh=fresh) for fresh in (False, True)]
+            accepted = accepted & self.guard.accepts(rho, *held_out)
+            worst = torch.fmax(actual, held_out[1] - held_out[0])
             raised = self.guard.raised(self._lam, rows_model, coefficients, worst, before, norm)
+            lam = torch.where(accepted, lam, raised)
         for parameter, value in zip(parameters, old, strict=True):
             keep_where(parameter, accepted, value)
         keep_where(self._previous, accepted, 0.0)
-        self._lam = self._next_damping(rho, accepted, finite, raised)
+        self._lam = torch.where(finite, lam, self._lam)
         updates = self._counts
         updates["skipped"] += (~finite).to(updates["skipped"].dtype)
         updates["rejected"] += (finite & ~accepted).to(updates["rejected"].dtype)
@@ -318,7 +320,7 @@ class KFAC(torch.optim.Optimizer):
                 "gamma": self._gamma,
                 "alpha": alpha,
                 "mu": mu,
-                "step_norm": torch.linalg.vector_norm(self._previous),
+                "step_norm": torch.where(accepted, norm, 0.0),
                 "accepted": accepted,
                 "skipped": updates["skipped"],
                 "rejected": updates["rejected"],
@@ -327,19 +329,12 @@ class KFAC(torch.optim.Optimizer):
             }
         )
 
-    def _next_damping(self, rho: Tensor, accepted: Tensor, finite: Tensor, raised: Tensor) -> Float[Tensor, ""]:
-        """The λ rule, and the guard's raise after a rejected update; a skipped batch changes nothing."""
-        lam = self._lam
+    def _ruled_damping(self, rho: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """λ after the λ rule, where it is due."""
         rule = self.damping.rule
-        if rule is not None and self._update_number % rule.every == 0:
-            lam = rule(lam, rho, self.proposals.scale)
-        return torch.where(finite, torch.where(accepted, lam, raised), self._lam)
-
-    def _held_out_loss(self, evaluation: Evaluation, *, fresh: bool) -> Float[Tensor, ""]:
-        """The loss of rows that had no part in F; 0 where the batch is too small to have any."""
-        if not evaluation.held_out:
-            return torch.zeros_like(self._lam)
-        return self.local.loss(evaluation.held_out, fresh=fresh)
+        if rule is None or self._update_number % rule.every:
+            return self._lam
+        return rule(self._lam, rho, self.proposals.scale)
 
     def _scale_by_lr(self, update: Float[Tensor, " size"]) -> bool:
         """Multiply each parameter's part by its group's lr; False where every lr is 1."""

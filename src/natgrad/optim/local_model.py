@@ -81,8 +81,8 @@ class LocalModel:
         return value
 
     def loss(self, rows: Sequence[Rows], *, fresh: bool) -> Float[Tensor, ""]:
-        """The mean nll of rows: as it was, or ``fresh`` at the present parameters with the dropout masks of then."""
-        total = torch.zeros((), dtype=torch.float64, device=rows[0].nll.device)
+        """The mean nll of rows (0 of none): as it was, or ``fresh`` at the present parameters with the same dropout."""
+        total = torch.zeros((), dtype=torch.float64, device=self.view.device)
         for chunk in rows:
             nll = chunk.nll
             if fresh:
@@ -90,7 +90,7 @@ class LocalModel:
                     z = self.view(chunk.inputs)
                 nll, _ = nll_and_score(self.likelihood, z, chunk.targets)
             total += nll
-        return total / sum(chunk.count for chunk in rows)
+        return total / sum(chunk.count for chunk in rows) if rows else total
 
     def _tangents(self, tape: Tape, directions: Sequence[Tensor]) -> list[Tensor]:
         if self.chain is not None and tape.layer_inputs:
