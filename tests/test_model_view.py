@@ -74,13 +74,15 @@ def test_output_that_is_no_tensor_names_forward() -> None:
             call(torch.randn(2, 3))
 
 
-def test_inputs_of_another_dtype_are_named() -> None:
+def test_inputs_of_another_dtype_device_or_width_are_named() -> None:
     view = ModelView(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="inputs: .*float64.*float32"):
         view(torch.randn(2, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="inputs: .*meta.*cpu"):
         view(torch.randn(2, 3, device="meta"))
-    with pytest.raises(RuntimeError, match="shapes"):
+    with pytest.raises(ValueError, match="inputs: .*int64.*float32"):
+        view(torch.ones(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"inputs: .*shape \(2, 4\).*layer '' takes 3 features"):
         view(torch.randn(2, 4))
 
 

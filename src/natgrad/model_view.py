@@ -290,11 +290,24 @@ class ModelView:
                     raise ValueError(
                         f"inputs: a tensor is on {leaf.device}, the model on {device}; move one"
                     ) from error
-                if leaf.is_floating_point() and leaf.dtype != dtype:
+                integer_where_real = not leaf.is_floating_point() and "same dtype" in str(error)
+                if (leaf.is_floating_point() and leaf.dtype != dtype) or integer_where_real:
                     raise ValueError(
                         f"inputs: a tensor has dtype {leaf.dtype}, the model {dtype}; convert it with .to({dtype})"
                     ) from error
+            if "shapes cannot be multiplied" in str(error):
+                shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tensor_leaves(inputs))
+                raise ValueError(
+                    f"inputs: the model cannot be evaluated on a batch of shape {shapes} ({str(error).strip()}); "
+                    f"expected {self._expected_width()}"
+                ) from error
             raise
+
+    def _expected_width(self) -> str:
+        for name, module in self.module.named_modules():
+            if isinstance(module, nn.Linear):
+                return f"examples in dimension 0; layer {name!r} takes {module.in_features} features in the last one"
+        return "examples in dimension 0"
 
 
 def _strip_wrappers(name: str) -> str:

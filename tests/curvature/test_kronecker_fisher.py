@@ -263,3 +263,8 @@ def test_undamped_inverse_of_a_regular_matrix():
     k = kronecker_fisher(net, Gaussian(), x, expectation="exact")
     for kind in ("factored", "exact"):
         torch.testing.assert_close(k.inverse(kind=kind).to_dense(), torch.linalg.inv(k.to_dense()))
+
+
+def test_what_is_no_likelihood_is_refused() -> None:
+    with pytest.raises(TypeError, match="likelihood: expected an object like .*MSELoss, which lacks nll"):
+        kronecker_fisher(nn.Linear(3, 2), nn.MSELoss(), torch.ones(4, 3))

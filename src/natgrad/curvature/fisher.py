@@ -21,6 +21,7 @@ from natgrad.linalg.spd import safe_eigh, spd_inverse
 from natgrad.model_view import Forward, ModelView, batch_size
 from natgrad.operators.base import LinearOperator
 from natgrad.operators.kronecker import BlockDiagonal, Dense, Kronecker, layer_index, parameter_index
+from natgrad.operators.sandwich import check_likelihood
 
 STRUCTURES = ("full", "block_diagonal", "input_covariance", "exact_block")
 
@@ -182,6 +183,7 @@ def kronecker_fisher(
             that are not finite.
         TypeError: x can be iterated once only.
     """
+    check_likelihood(likelihood)
     if structure not in STRUCTURES:
         raise ValueError(f"structure={structure!r}: expected one of {', '.join(map(repr, STRUCTURES))}")
     if not alpha > 0:
