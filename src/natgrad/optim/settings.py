@@ -59,7 +59,7 @@ class StepGuard:
     """
 
     threshold: float = 0.0
-    raise_damping: float = 1.5
+    raise_damping: float = 4.0
     tolerance: float = 0.02
 
     def __post_init__(self) -> None:
