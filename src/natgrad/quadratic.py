@@ -19,10 +19,22 @@ class Subspace:
     Args:
         slope: ``∇h · d_i``, with the l2 term in ∇h; shape [k].
         curvature: ``d_iᵀ (F + (λ + η) I) d_j``; shape [k, k].
+        gram: ``d_i · d_j``, where it is needed; shape [k, k].
     """
 
     slope: Float[Tensor, " k"]
     curvature: Float[Tensor, "k k"]
+    gram: Float[Tensor, "k k"] | None = None
+
+    def norm(self, coefficients: Float[Tensor, " k"]) -> Float[Tensor, ""]:
+        """``‖δ‖`` at the given coefficients.
+
+        Raises:
+            ValueError: there is no ``gram``.
+        """
+        if self.gram is None:
+            raise ValueError("gram: needed for the norm of δ; make the Subspace with it")
+        return (coefficients @ self.gram @ coefficients).clamp(min=0).sqrt()
 
     def change(self, coefficients: Float[Tensor, " k"]) -> Float[Tensor, ""]:
         """``M(δ) − M(0)`` at the given coefficients."""

@@ -48,6 +48,13 @@ class FactoredInverse:
         """``(G + γ/π I)^{-1} V (A + π γ I)^{-1}``."""
         return _right(self.A, _left(self.G, V.to(self.G.dtype))).to(V.dtype)
 
+    def write_negative(self, V: Float[Tensor, "out columns"], into: Float[Tensor, "out columns"]) -> None:
+        """Minus :meth:`apply`, written to a buffer without passes over memory of its own."""
+        if self.A.ndim == 1 or V.dtype != self.A.dtype:
+            torch.neg(self.apply(V), out=into)
+        else:
+            torch.addmm(into, _left(self.G, V), self.A, beta=0, alpha=-1, out=into)
+
     def to_dense(self) -> Float[Tensor, "size size"]:
         """The matrix that acts on the stacked columns of V."""
         return kron(*(torch.diag(x) if x.ndim == 1 else x for x in (self.A, self.G)))

@@ -132,7 +132,7 @@ class KFAC(torch.optim.Optimizer):
         self.proposals = Proposals(self.layout, self._running, self.damping.form, l2)
         self.local = LocalModel(view, likelihood, self.layout, chain, l2)
         self._trials = Trials(self.local, self.proposals)
-        self._gradient, self._proposal, self._previous = (self.layout.buffer() for _ in range(3))
+        self._gradient, self._proposal, self._previous = self.layout.buffers(3)
         self._counts = {"skipped": scalar.clone(), "rejected": scalar.clone()}
         self.stats = Stats()
 
@@ -296,7 +296,7 @@ class KFAC(torch.optim.Optimizer):
         torch._foreach_add_(parameters, list(self.layout.parameters(self._previous).values()))
         actual = self.local.objective(evaluation.tapes, fresh=True) - before
         rho = reduction_ratio(actual, rows_model.change(coefficients))
-        norm = torch.linalg.vector_norm(self._previous).to(self._lam.dtype)
+        norm = rows_model.norm(coefficients)
         lam = self._ruled_damping(rho)
         accepted = finite & torch.isfinite(actual)
         if self.guard is not None:

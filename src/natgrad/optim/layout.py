@@ -53,11 +53,22 @@ class JointLayout:
         first = next(iter(self.view.parameters.values()))
         return torch.zeros(self.size, dtype=first.dtype, device=first.device)
 
-    def buffer(self) -> Float[Tensor, " size"]:
-        """As :meth:`zeros`, for a buffer that lives as long as the layout: its views are made once."""
-        flat = self.zeros()
-        self._kept[id(flat)] = flat, self.blocks(flat), self.parameters(flat)
-        return flat
+    def buffers(self, count: int) -> list[Float[Tensor, " size"]]:
+        """As :meth:`zeros`, for buffers that live as long as the layout: their views are made once.
+
+        They are the rows of one matrix, so that products with all of them are one pass over memory.
+        """
+        rows = list(self.zeros().new_zeros(count, self.size))
+        for flat in rows:
+            self._kept[id(flat)] = flat, self.blocks(flat), self.parameters(flat)
+        return rows
+
+    def inner_products(self, left: list[Tensor], right: list[Tensor]) -> Float[Tensor, "left right"]:
+        """``l · r`` for all pairs of flat vectors, in float64."""
+        base = left[0]._base
+        if base is not None and len(left) == len(base) and all(x._base is base for x in left) and _in_order(left):
+            return torch.stack([base @ r for r in right], dim=1).double()
+        return torch.stack([torch.stack([torch.dot(x, r) for r in right]) for x in left]).double()
 
     def blocks(self, flat: Float[Tensor, " size"]) -> dict[str, Float[Tensor, "out columns"]]:
         """Views of the joint matrices ``[W b]``, by layer."""
@@ -96,3 +107,8 @@ class JointLayout:
         flat = self.zeros()
         self.read(self.view.parameters, flat)
         return self.blocks(flat)[layer]
+
+
+def _in_order(rows: list[Tensor]) -> bool:
+    """Whether the tensors are the rows of their base, one after the other."""
+    return [row.storage_offset() for row in rows] == [i * row.numel() for i, row in enumerate(rows)]

@@ -31,7 +31,7 @@ class LocalModel:
     l2: float = 0.0
 
     def subspaces(
-        self, tapes: Sequence[Tape], gradient: Tensor, directions: Sequence[Tensor], damping: Tensor
+        self, tapes: Sequence[Tape], gradient: Tensor, directions: list[Tensor], damping: Tensor
     ) -> tuple[Subspace, Subspace]:
         """M over the span of some directions, twice: with the slope of the whole batch, and with that of the rows.
 
@@ -52,13 +52,13 @@ class LocalModel:
             tangents = self._tangents(tape, directions)
             fisher += _fisher_gram(self.likelihood, tape, tangents)
             slope_rows += torch.stack([torch.sum(tape.derivative * tangent) for tangent in tangents])
-        gram = _symmetric([[torch.dot(p, q) for q in directions[: i + 1]] for i, p in enumerate(directions)])
+        products = self.layout.inner_products([gradient, *directions], directions)
+        slope, gram = products[0], products[1:]
         curvature = fisher / count + damping * gram
-        slope = torch.stack([torch.dot(gradient, direction) for direction in directions]).double()
         slope_rows = slope_rows / count
         if self.l2:
             slope_rows = slope_rows + self.l2 * torch.stack([self._dot_parameters(d) for d in directions]).double()
-        return Subspace(slope, curvature), Subspace(slope_rows, curvature)
+        return Subspace(slope, curvature, gram), Subspace(slope_rows, curvature, gram)
 
     def objective(self, tapes: Sequence[Tape], *, fresh: bool) -> Float[Tensor, ""]:
         """h on the curvature rows, with the l2 term: as the tapes hold it, or ``fresh`` at the present parameters."""

@@ -77,6 +77,9 @@ class Proposals:
                 product = low_rank_apply(block, rows, evaluation.count)
                 if self.l2:
                     product.add_(block.apply(self.layout.joint(name)), alpha=self.l2)
+            elif isinstance(block, FactoredInverse):
+                block.write_negative(gradient, proposal[name])
+                continue
             else:
                 product = block.apply(gradient)
             torch.neg(product, out=proposal[name])
