@@ -197,10 +197,10 @@ class Evaluator:
                 order = torch.randperm(size, generator=generator, device=generator.device)
                 parts = []
                 for rows, of_curvature in ((order[:wanted], True), (order[wanted : wanted + checked], False)):
-                    some, x_and_y = record.select(rows), _select_both(inputs, targets, rows)
+                    some = record.select(rows) if of_curvature else ChainRecord(self.chain, {})
+                    x, y = _select_both(inputs, targets, rows)
                     count = sampled if of_curvature else 0
-                    part = _Pass(some, z[rows], *x_and_y, replay, count, gradient=False, held_out=not of_curvature)
-                    parts.append(part)
+                    parts.append(_Pass(some, z[rows], x, y, replay, count, gradient=False, held_out=not of_curvature))
                 yield _Pass(record, z, inputs, targets)
                 del record, z  # what all rows left behind is not needed any more
                 yield from parts if checked else parts[:1]

@@ -28,7 +28,7 @@ from natgrad.optim import kfac_state
 from natgrad.optim.batches import micro_batches
 from natgrad.optim.evaluation import Evaluation, Evaluator
 from natgrad.optim.layout import JointLayout
-from natgrad.optim.local_model import LocalModel
+from natgrad.optim.local_model import LocalModel, mean_nll
 from natgrad.optim.proposal import Proposals
 from natgrad.optim.select import keep_where
 from natgrad.optim.settings import Damping, Periods, StepGuard, Subsets
@@ -282,7 +282,8 @@ class KFAC(torch.optim.Optimizer):
         directions = [self._proposal, self._previous] if self.momentum else [self._proposal]
         model, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping)
         coefficients = best_coefficients(model) if self.momentum else best_step(model)[None]
-        before = self.local.objective(evaluation.tapes, fresh=False)
+        before, held_before = (mean_nll(x, [c.nll for c in x]) for x in (evaluation.tapes, evaluation.held_out))
+        before = before + self.local.penalty()
         # δ takes the buffer of δ₀; then Δ's buffer keeps the old parameters until the step is accepted
         alpha, mu = coefficients[0], coefficients[1] if self.momentum else torch.zeros_like(coefficients[0])
         self._previous.mul_(mu).addcmul_(self._proposal, alpha.to(self._proposal.dtype))
@@ -294,15 +295,15 @@ class KFAC(torch.optim.Optimizer):
         old = list(self.layout.parameters(self._proposal).values())
         torch._foreach_copy_(old, parameters)
         torch._foreach_add_(parameters, list(self.layout.parameters(self._previous).values()))
-        actual = self.local.objective(evaluation.tapes, fresh=True) - before
+        after, held_after = self.local.losses(evaluation.tapes, evaluation.held_out)
+        actual = after + self.local.penalty() - before
         rho = reduction_ratio(actual, rows_model.change(coefficients))
         norm = rows_model.norm(coefficients)
         lam = self._ruled_damping(rho)
         accepted = finite & torch.isfinite(actual)
         if self.guard is not None:
-            held_out = [self.local.loss(evaluation.held_out, fresh=fresh) for fresh in (False, True)]
-            accepted = accepted & self.guard.accepts(rho, *held_out)
-            worst = torch.fmax(actual, held_out[1] - held_out[0])
+            accepted = accepted & self.guard.accepts(rho, held_before, held_after)
+            worst = torch.fmax(actual, held_after - held_before)
             raised = self.guard.raised(self._lam, rows_model, coefficients, worst, before, norm)
             lam = torch.where(accepted, lam, raised)
         for parameter, value in zip(parameters, old, strict=True):

@@ -60,13 +60,13 @@ class LocalModel:
             slope_rows = slope_rows + self.l2 * torch.stack([self._dot_parameters(d) for d in directions]).double()
         return Subspace(slope, curvature, gram), Subspace(slope_rows, curvature, gram)
 
-    def objective(self, tapes: Sequence[Tape], *, fresh: bool) -> Float[Tensor, ""]:
-        """h on the curvature rows, with the l2 term: as the tapes hold it, or ``fresh`` at the present parameters."""
-        value = self.loss(tapes, fresh=fresh)
-        if self.l2:
-            squares = [parameter.square().sum() for parameter in self.view.parameters.values()]
-            value = value + 0.5 * self.l2 * torch.stack(squares).sum()
-        return value
+    def penalty(self) -> Float[Tensor, ""]:
+        """``η/2 ‖θ‖²``."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.view.device)
+        if not self.l2:
+            return zero
+        squares = [parameter.square().sum() for parameter in self.view.parameters.values()]
+        return zero + 0.5 * self.l2 * torch.stack(squares).sum()
 
     def trial(self, tapes: Sequence[Tape], terms: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, ""]:
         """h(θ + Σ c d) on the curvature rows for terms (c, d); the parameters are put back bit for bit."""
@@ -75,22 +75,28 @@ class LocalModel:
         for coefficient, direction in terms:
             for name, part in self.layout.parameters(direction).items():
                 parameters[name].addcmul_(part, coefficient.to(part.dtype))
-        value = self.objective(tapes, fresh=True)
+        value = self.losses(tapes)[0] + self.penalty()
         for name, parameter in parameters.items():
             parameter.copy_(old[name])
         return value
 
-    def loss(self, rows: Sequence[Rows], *, fresh: bool) -> Float[Tensor, ""]:
-        """The mean nll of rows (0 of none): as it was, or ``fresh`` at the present parameters with the same dropout."""
-        total = torch.zeros((), dtype=torch.float64, device=self.view.device)
-        for chunk in rows:
-            nll = chunk.nll
-            if fresh:
-                with chunk.replay:
-                    z = self.view(chunk.inputs)
-                nll, _ = nll_and_score(self.likelihood, z, chunk.targets)
-            total += nll
-        return total / sum(chunk.count for chunk in rows) if rows else total
+    def losses(self, *groups: Sequence[Rows]) -> list[Float[Tensor, ""]]:
+        """The mean nll of each group of rows at the present parameters, with the dropout masks of then; 0 of none."""
+        chunks = [chunk for group in groups for chunk in group]
+        if self.chain is not None and all(isinstance(chunk.inputs, Tensor) for chunk in chunks):
+            z = self.view(torch.cat([chunk.inputs for chunk in chunks]))  # nothing is random: one pass serves all
+            outputs = list(z.split([len(chunk.inputs) for chunk in chunks]))
+        else:
+            outputs = [self._again(chunk) for chunk in chunks]
+        found = iter(outputs)
+        return [
+            mean_nll(group, [nll_and_score(self.likelihood, next(found), chunk.targets)[0] for chunk in group])
+            for group in groups
+        ]
+
+    def _again(self, chunk: Rows) -> Tensor:
+        with chunk.replay:
+            return self.view(chunk.inputs)
 
     def _tangents(self, tape: Tape, directions: Sequence[Tensor]) -> list[Tensor]:
         if self.chain is not None and tape.layer_inputs:
@@ -112,6 +118,13 @@ class LocalModel:
         """θ · d."""
         parts = self.layout.parameters(direction)
         return torch.stack([torch.sum(self.view.parameters[name] * part) for name, part in parts.items()]).sum()
+
+
+def mean_nll(rows: Sequence[Rows], sums: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """The mean over chunks of rows from the sum of each; 0 of no chunk."""
+    if not rows:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack([nll.double() for nll in sums]).sum() / sum(chunk.count for chunk in rows)
 
 
 def _fisher_gram(likelihood: Likelihood, tape: Tape, tangents: Sequence[Tensor]) -> Float[Tensor, "k k"]:
