@@ -18,7 +18,7 @@ class EmpiricalFisher(JacobianSandwich):
 
     Not the Fisher: the targets are those of the data [KFAC, sec. 5; NATGRAD, sec. 4.1]. No per-example gradient is ever
     stored: g_n = J_nᵀ s_n with s_n = ∂nll_n/∂z_n, so that a product takes one J v, one inner product per example and
-        one Jᵀ u.
+    one Jᵀ u.
 
     Args:
         model: the model, or a `ModelView` of it.
