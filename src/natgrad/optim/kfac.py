@@ -65,6 +65,9 @@ class KFAC(torch.optim.Optimizer):
         uncovered: what happens to trainable parameters that no factor covers: ``"error"``, ``"identity"`` or
             ``"diagonal"``.
 
+    Attributes:
+        stats: of the last update: loss, rho, lambda, gamma, alpha, mu, step_norm, accepted; skipped, rejected, updates.
+
     Raises:
         ValueError: a setting out of range, or an uncovered parameter (it is named).
     """
