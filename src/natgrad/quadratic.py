@@ -48,17 +48,19 @@ def best_step(model: Subspace) -> Float[Tensor, ""]:
     return torch.where((curvature > 0) & torch.isfinite(step), step, torch.zeros_like(step))
 
 
-def best_coefficients(model: Subspace, collinear: float | None = None) -> Float[Tensor, " 2"]:
-    """The (α, μ) that minimise M over span{Δ, δ₀}: the 2×2 system of [KFAC, sec. 7].
+def best_coefficients(model: Subspace, collinear: float | None = None) -> Float[Tensor, " k"]:
+    """The (α, μ) that minimise M over span{Δ, δ₀}: the 2×2 system of [KFAC, sec. 7]; (α) where M has one direction.
 
     Falls back to (α, 0) of :func:`best_step` where δ₀ is zero or collinear with Δ (in the metric of M): there the
     system is singular and its solution arbitrary.
 
     Args:
-        model: M on (Δ, δ₀).
+        model: M on (Δ, δ₀), or on Δ alone.
         collinear: the system counts as singular when ``1 − cos²`` of the two directions is below this (default: the
             square root of the dtype's resolution).
     """
+    if len(model.slope) == 1:
+        return best_step(model)[None]
     tolerance = torch.finfo(model.slope.dtype).eps ** 0.5 if collinear is None else collinear
     first, cross, second = model.curvature[0, 0], model.curvature[0, 1], model.curvature[1, 1]
     determinant = first * second - cross * cross

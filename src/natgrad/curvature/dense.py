@@ -16,7 +16,7 @@ from natgrad.curvature.cotangents import check_expectation, cotangents, validate
 from natgrad.curvature.kfac import output_gradients, trainable_parts
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.factors import flatten_rows, second_moment, with_ones
-from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods import Likelihood, is_plain_sum
 from natgrad.model_view import ModelView
 
 
@@ -65,7 +65,7 @@ def collect_dense(
     count: Tensor | float = float(z.shape[0])
     if expectation != "empirical":
         count = torch.as_tensor(likelihood.count(z.detach(), y, weight), dtype=z.dtype, device=z.device)
-    additive = expectation == "empirical" or getattr(likelihood, "normalizer", None) != "none"
+    additive = expectation == "empirical" or not is_plain_sum(likelihood)
     return Statistics(layers, float(z.shape[0]), count, additive)
 
 

@@ -46,14 +46,14 @@ class FactoredInverse:
 
     def apply(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
         """``(G + γ/π I)^{-1} V (A + π γ I)^{-1}``."""
-        return _right(self.A, _left(self.G, V.to(self.G.dtype))).to(V.dtype)
+        return times_right(self.A, times_left(self.G, V.to(self.G.dtype))).to(V.dtype)
 
     def write_negative(self, V: Float[Tensor, "out columns"], into: Float[Tensor, "out columns"]) -> None:
         """Minus :meth:`apply`, written to a buffer without passes over memory of its own."""
         if self.A.ndim == 1 or V.dtype != self.A.dtype:
             torch.neg(self.apply(V), out=into)
         else:
-            torch.addmm(into, _left(self.G, V), self.A, beta=0, alpha=-1, out=into)
+            torch.addmm(into, times_left(self.G, V), self.A, beta=0, alpha=-1, out=into)
 
     def to_dense(self) -> Float[Tensor, "size size"]:
         """The matrix that acts on the stacked columns of V."""
@@ -199,9 +199,11 @@ def _check_regular(basis: Eigenbasis, damping: float | Tensor, what: str) -> Non
         )
 
 
-def _left(G: Tensor, V: Tensor) -> Tensor:
+def times_left(G: Tensor, V: Tensor) -> Tensor:
+    """``G V``; a vector G stands for a diagonal matrix."""
     return G[:, None] * V if G.ndim == 1 else G @ V
 
 
-def _right(A: Tensor, V: Tensor) -> Tensor:
+def times_right(A: Tensor, V: Tensor) -> Tensor:
+    """``V A``; a vector A stands for a diagonal matrix."""
     return V * A if A.ndim == 1 else V @ A

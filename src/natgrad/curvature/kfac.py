@@ -19,7 +19,7 @@ from natgrad.curvature.inverse import (
 )
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.factors import flatten_rows, input_moment, second_moment
-from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods import Likelihood, is_plain_sum
 from natgrad.model_view import ModelView, batch_size, select_rows
 
 __all__ = [
@@ -149,7 +149,7 @@ def statistics_from(
     count: Tensor | float = float(rows)
     if expectation != "empirical":
         count = torch.as_tensor(likelihood.count(z_rows, targets, weight), dtype=z_rows.dtype, device=z.device)
-    additive = expectation == "empirical" or getattr(likelihood, "normalizer", None) != "none"
+    additive = expectation == "empirical" or not is_plain_sum(likelihood)
     return Statistics(sums, float(rows), count, additive)
 
 

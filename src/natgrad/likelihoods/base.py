@@ -66,6 +66,11 @@ def score(likelihood: Likelihood, z: Float[Tensor, "batch ..."], y: Any) -> Floa
     return _differentiated(likelihood, z, y)[1]
 
 
+def is_plain_sum(likelihood: Likelihood) -> bool:
+    """Whether nll is divided by nothing (normaliser "none"): counts of parts of a batch then do not add up."""
+    return getattr(likelihood, "normalizer", None) == "none"
+
+
 def nll_and_score(
     likelihood: Likelihood, z: Float[Tensor, "batch ..."], y: Any
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch ..."]]:

@@ -6,7 +6,7 @@ chunk of their own, whose single forward pass serves the gradient, the backward 
 linearised pass; the other rows see nothing but the gradient.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +21,7 @@ from natgrad.curvature.kfac import check_captured, statistics_from, trainable_pa
 from natgrad.curvature.uncovered import couples_examples, squared_gradients
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.factors import flatten_rows
-from natgrad.likelihoods import Likelihood, nll_and_score
+from natgrad.likelihoods import Likelihood, is_plain_sum, nll_and_score
 from natgrad.model_view import ModelView, Replay, batch_size, select_rows
 from natgrad.operators.chain import Chain, ChainRecord
 from natgrad.optim.layout import JointLayout
@@ -102,7 +102,7 @@ class Evaluator:
 
     def __call__(
         self,
-        batches: Iterable[tuple[Any, Any]],
+        batches: Sequence[tuple[Any, Any]],
         subsets: Subsets,
         generator: torch.Generator,
         into: Float[Tensor, " size"],
@@ -121,9 +121,6 @@ class Evaluator:
         """
         zero = torch.zeros((), dtype=into.dtype, device=into.device)
         found = Evaluation(zero, into, zero.clone())
-        batches = list(batches)
-        if not batches:
-            raise ValueError("inputs: expected at least one micro-batch")
         examples = sum(batch_size(inputs) for inputs, _ in batches)
         first = True
         for inputs, targets in batches:
@@ -153,7 +150,8 @@ class Evaluator:
         known = self.static.factors(part.record, part.inputs) if self.static is not None else None
         nll, derivative = nll_and_score(self.likelihood, part.z, part.targets)
         count = torch.as_tensor(self.likelihood.count(part.z.detach(), part.targets), device=nll.device)
-        if self._sums:
+        plain_sum = is_plain_sum(self.likelihood)  # counts 1 for a batch of any size: some rows count for their share
+        if plain_sum:
             count = count * (batch_size(part.inputs) / examples)
         if part.gradient:
             gradients = self._accumulate(part, derivative, found.gradient, add=not first)
@@ -168,16 +166,11 @@ class Evaluator:
             found.held_out.append(Rows(*again))
         if part.sampled:
             new = self._statistics(part, known, generator)
-            if self._sums:
+            if plain_sum:
                 new = replace(new, count=new.count * (part.sampled / examples), additive=True)
             found.statistics = found.statistics + new if found.tapes else new
             layer_inputs = {name: calls[0] for name, calls in part.record.inputs.items() if len(calls) == 1}
             found.tapes.append(Tape(*again, layer_inputs, part.z.detach(), derivative))
-
-    @property
-    def _sums(self) -> bool:
-        """Whether the likelihood counts 1 for a batch of any size: some of its rows then count for their share."""
-        return getattr(self.likelihood, "normalizer", None) == "none"
 
     def _passes(
         self, inputs: Any, targets: Any, subsets: Subsets, generator: torch.Generator, held_out: bool
@@ -195,15 +188,16 @@ class Evaluator:
                     yield _Pass(record, z, inputs, targets, replay, sampled)
                     return
                 order = torch.randperm(size, generator=generator, device=generator.device)
-                parts = []
-                for rows, of_curvature in ((order[:wanted], True), (order[wanted : wanted + checked], False)):
-                    some = record.select(rows) if of_curvature else ChainRecord(self.chain, {})
-                    x, y = _select_both(inputs, targets, rows)
-                    count = sampled if of_curvature else 0
-                    parts.append(_Pass(some, z[rows], x, y, replay, count, gradient=False, held_out=not of_curvature))
+                chosen, others = order[:wanted], order[wanted : wanted + checked]
+                x, y = _select_both(inputs, targets, chosen)
+                parts = [_Pass(record.select(chosen), z[chosen], x, y, replay, sampled, gradient=False)]
+                if checked:
+                    x, y = _select_both(inputs, targets, others)
+                    nothing = ChainRecord(self.chain, {})
+                    parts.append(_Pass(nothing, z[others], x, y, replay, gradient=False, held_out=True))
                 yield _Pass(record, z, inputs, targets)
                 del record, z  # what all rows left behind is not needed any more
-                yield from parts if checked else parts[:1]
+                yield from parts
                 return
         if wanted >= size or couples_examples(self.view.module):
             replay = self.view.snapshot()

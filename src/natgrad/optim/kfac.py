@@ -34,8 +34,8 @@ from natgrad.optim.select import keep_where
 from natgrad.optim.settings import Damping, Periods, StepGuard, Subsets
 from natgrad.optim.static import StaticInputs
 from natgrad.optim.stats import Stats
-from natgrad.optim.trials import Trials
-from natgrad.quadratic import best_coefficients, best_step, reduction_ratio
+from natgrad.optim.trials import best_gamma
+from natgrad.quadratic import best_coefficients, reduction_ratio
 
 
 class KFAC(torch.optim.Optimizer):
@@ -98,8 +98,6 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError(f"l2={l2}: expected a non-negative number")
         if not lr >= 0:
             raise ValueError(f"lr={lr}: expected a non-negative number; 1 takes the computed step")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay={decay}: expected 0 <= decay < 1")
         self.damping = damping if isinstance(damping, Damping) else Damping(value=damping)
         if self.damping.gamma is not None and self.damping.gamma.every % periods.inverses:
             raise ValueError(
@@ -134,7 +132,6 @@ class KFAC(torch.optim.Optimizer):
         self._running = RunningFactors(decay)
         self.proposals = Proposals(self.layout, self._running, self.damping.form, l2)
         self.local = LocalModel(view, likelihood, self.layout, chain, l2)
-        self._trials = Trials(self.local, self.proposals)
         self._gradient, self._proposal, self._previous = self.layout.buffers(3)
         self._counts = {"skipped": scalar.clone(), "rejected": scalar.clone()}
         self.stats = Stats()
@@ -255,13 +252,15 @@ class KFAC(torch.optim.Optimizer):
         self.proposals.refresh(self._gamma**2)
 
     @property
-    def _gamma_ratio(self) -> float:
-        return self.damping.ratio if self.damping.gamma is None else 1.0
+    def _directions(self) -> list[Float[Tensor, " size"]]:
+        """Δ, and with momentum δ₀."""
+        return [self._proposal, self._previous] if self.momentum else [self._proposal]
 
     def _tie_gamma(self, *, start: bool = False) -> None:
-        """γ = ratio √(λ + η), where no rule moves γ on its own."""
+        """γ = ratio √(λ + η); where a rule moves γ on its own, √(λ + η) at the start alone."""
         if start or self.damping.gamma is None:
-            self._gamma = self._gamma_ratio * (self._lam + self.l2).sqrt()
+            ratio = self.damping.ratio if self.damping.gamma is None else 1.0
+            self._gamma = ratio * (self._lam + self.l2).sqrt()
 
     def _adapt_gamma(self, evaluation: Evaluation) -> None:
         """The γ rule: the best of three candidates, each with its own inverse [KFAC, sec. 6.6]."""
@@ -269,8 +268,9 @@ class KFAC(torch.optim.Optimizer):
         if rule is not None and self._update_number % rule.every == 0:
             damping = self._lam + self.l2
             candidates = rule.candidates(self._gamma, damping.sqrt())
-            directions = [self._proposal, self._previous] if self.momentum else [self._proposal]
-            self._gamma = self._trials.best_gamma(evaluation, candidates, rule.quality, damping, directions)
+            self._gamma = best_gamma(
+                self.local, self.proposals, evaluation, candidates, rule.quality, damping, self._directions
+            )
             self.proposals.refresh(self._gamma**2)
 
     def _add_l2(self, gradient: Float[Tensor, " size"]) -> None:
@@ -282,9 +282,9 @@ class KFAC(torch.optim.Optimizer):
         """From the gradient to new parameters, λ and statistics of the step."""
         damping = self._lam + self.l2
         self.proposals.write(evaluation, self._gamma**2, self._proposal)
-        directions = [self._proposal, self._previous] if self.momentum else [self._proposal]
+        directions = self._directions
         model, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping)
-        coefficients = best_coefficients(model) if self.momentum else best_step(model)[None]
+        coefficients = best_coefficients(model)
         before, held_before = (mean_nll(x, [c.nll for c in x]) for x in (evaluation.tapes, evaluation.held_out))
         before = before + self.local.penalty()
         # δ takes the buffer of δ₀; then Δ's buffer keeps the old parameters until the step is accepted
@@ -313,9 +313,8 @@ class KFAC(torch.optim.Optimizer):
             keep_where(parameter, accepted, value)
         keep_where(self._previous, accepted, 0.0)
         self._lam = torch.where(finite, lam, self._lam)
-        updates = self._counts
-        updates["skipped"] += (~finite).to(updates["skipped"].dtype)
-        updates["rejected"] += (finite & ~accepted).to(updates["rejected"].dtype)
+        self._counts["skipped"] += ~finite
+        self._counts["rejected"] += finite & ~accepted
         self.stats = Stats(
             {
                 "loss": evaluation.loss,
@@ -326,8 +325,7 @@ class KFAC(torch.optim.Optimizer):
                 "mu": mu,
                 "step_norm": torch.where(accepted, norm, 0.0),
                 "accepted": accepted,
-                "skipped": updates["skipped"],
-                "rejected": updates["rejected"],
+                **self._counts,
                 "updates": self._update_number,
                 "failed_inverses": self.proposals.inverses.failures,
             }

@@ -5,7 +5,6 @@ holds tensors by parameter, and a layer's factors and inverses stand with its fi
 ``"param_groups"`` holds the numbers.
 """
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, diagonal
-from natgrad.optim.layer_state import load_factors, same_keys, same_shape, save_layer
+from natgrad.optim.layer_state import load_factors, same_keys, same_shape, save_layer, warn_of_threads
 
 if TYPE_CHECKING:
     from natgrad.optim.kfac import KFAC
@@ -107,12 +106,7 @@ def check(kfac: "KFAC", state: Any) -> tuple[Mapping[str, Any], list[Mapping[str
 
 def load(kfac: "KFAC", numbers: Mapping[str, Any], tensors: list[Mapping[str, Tensor]]) -> None:
     """Take over a state that was checked; dtypes are kept, nothing is shared with it."""
-    if numbers["threads"] != torch.get_num_threads():
-        warnings.warn(
-            f"the state was saved with {numbers['threads']} threads and is loaded with {torch.get_num_threads()}: "
-            "factorisations differ in the last digits",
-            stacklevel=3,
-        )
+    warn_of_threads(numbers["threads"])
     device = kfac._previous.device
     kfac._update_number = int(numbers["update"])
     kfac._lam = torch.full_like(kfac._lam, numbers["lambda"])

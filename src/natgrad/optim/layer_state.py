@@ -1,5 +1,6 @@
 """A layer's factors and inverse in a checkpoint, and how a state is compared with what shall load it."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,16 @@ def save_layer(name: str, layer: nn.Linear, factors: Factors | None, inverses: L
 def load_factors(state: Mapping[str, Tensor]) -> Factors:
     """The factors of a :func:`save_layer`, as tensors of their own."""
     return Factors(_factor(state, "A"), _factor(state, "G"))
+
+
+def warn_of_threads(saved: int) -> None:
+    """Say that another number of threads than the saved one will not give the same bits."""
+    if saved != torch.get_num_threads():
+        warnings.warn(
+            f"the state was saved with {saved} threads and is loaded with {torch.get_num_threads()}: "
+            "factorisations differ in the last digits",
+            stacklevel=4,
+        )
 
 
 def same_keys(what: str, own: Mapping[str, Any], other: Mapping[str, Any]) -> None:

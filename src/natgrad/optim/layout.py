@@ -4,8 +4,6 @@ The curvature acts on the joint matrix of a layer, the model on ``W`` and ``b`` 
 (+1)]`` gives both as views: nothing is concatenated or copied on the way from the gradient to the update.
 """
 
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -26,6 +24,7 @@ class JointLayout:
         parameters = view.parameters
         self.view = view
         self.block_slices: dict[str, tuple[slice, tuple[int, int]]] = {}
+        self._members = coverage.members
         self._columns: dict[str, tuple[str, slice | int]] = {}
         self._others: dict[str, tuple[slice, torch.Size]] = {}
         offset = 0
@@ -97,16 +96,11 @@ class JointLayout:
         """Views of the parameters that no layer block holds."""
         return {name: flat[where].view(shape) for name, (where, shape) in self._others.items()}
 
-    def read(self, values: Mapping[str, Tensor], into: Float[Tensor, " size"]) -> None:
-        """Copy values keyed by parameter name into a flat vector."""
-        for name, part in self.parameters(into).items():
-            part.copy_(values[name])
-
     def joint(self, layer: str) -> Float[Tensor, "out columns"]:
         """The present ``[W b]`` of a layer, as a new matrix."""
-        flat = self.zeros()
-        self.read(self.view.parameters, flat)
-        return self.blocks(flat)[layer]
+        parameters = self.view.parameters
+        parts = [parameters[name].detach() for name in self._members[layer] if name is not None]
+        return torch.cat([part if part.ndim == 2 else part[:, None] for part in parts], dim=1)
 
 
 def _in_order(rows: list[Tensor]) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.curvature.inverse import FactoredInverse
+from natgrad.curvature.inverse import FactoredInverse, times_right
 from natgrad.layers.factors import with_ones
 
 
@@ -31,8 +31,8 @@ def low_rank_apply(
     columns = inverse.A.shape[0]
     total: Tensor | None = None
     for a, g in rows:
-        left = g * inverse.G if inverse.G.ndim == 1 else g @ inverse.G
-        right = with_ones(a, bias=columns > a.shape[-1]) @ inverse.A
+        left = times_right(inverse.G, g)
+        right = times_right(inverse.A, with_ones(a, bias=columns > a.shape[-1]))
         total = left.T @ right if total is None else total.addmm_(left.T, right)
     if total is None:
         raise ValueError("rows: expected at least one chunk")

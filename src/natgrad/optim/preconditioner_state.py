@@ -1,12 +1,11 @@
 """The checkpoint of a `Preconditioner`: what is saved, and how a state is checked before anything changes."""
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from natgrad.optim.layer_state import load_factors, same_keys, same_shape, save_layer
+from natgrad.optim.layer_state import load_factors, same_keys, same_shape, save_layer, warn_of_threads
 
 if TYPE_CHECKING:
     from natgrad.optim.preconditioner import Preconditioner
@@ -42,12 +41,7 @@ def load(pre: "Preconditioner", state: Mapping[str, Any]) -> None:
         ValueError: it does not fit; nothing was changed.
     """
     check(pre, state)
-    if state["threads"] != torch.get_num_threads():
-        warnings.warn(
-            f"the state was saved with {state['threads']} threads and is loaded with {torch.get_num_threads()}: "
-            "factorisations differ in the last digits",
-            stacklevel=3,
-        )
+    warn_of_threads(state["threads"])
     device = pre._skipped.device
     pre._steps, pre._observed = int(state["steps"]), bool(state["observed"])
     pre._damping, pre._inverses.failures = float(state["damping"]), int(state["failed_inverses"])

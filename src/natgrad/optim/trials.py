@@ -1,7 +1,5 @@
 """γ chosen by trying: the γ rule [KFAC, sec. 6.6]."""
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,46 +7,37 @@ from torch import Tensor
 from natgrad.optim.evaluation import Evaluation
 from natgrad.optim.local_model import LocalModel
 from natgrad.optim.proposal import Proposals
-from natgrad.quadratic import best_coefficients, best_step
+from natgrad.quadratic import best_coefficients
 
 
-@dataclass
-class Trials:
-    """Judges candidates by the update that each would make.
+def best_gamma(
+    local: LocalModel,
+    proposals: Proposals,
+    evaluation: Evaluation,
+    candidates: tuple[Tensor, ...],
+    quality: str,
+    damping: Float[Tensor, ""],
+    directions: list[Float[Tensor, " size"]],
+) -> Float[Tensor, ""]:
+    """The γ whose update is best by M(δ) − M(0) (``"model"``) or by h(θ + δ) (``"loss"``) [KFAC, sec. 6.6].
 
     Args:
         local: M(δ) and h(θ + δ).
         proposals: Δ under a damping.
+        evaluation: of a batch.
+        candidates: values of γ.
+        quality: what is compared.
+        damping: λ + η.
+        directions: a buffer for Δ, and δ₀ where there is momentum.
     """
-
-    local: LocalModel
-    proposals: Proposals
-
-    def best_gamma(
-        self,
-        evaluation: Evaluation,
-        candidates: tuple[Tensor, ...],
-        quality: str,
-        damping: Float[Tensor, ""],
-        directions: list[Float[Tensor, " size"]],
-    ) -> Float[Tensor, ""]:
-        """The γ whose update is best by M(δ) − M(0) (``"model"``) or by h(θ + δ) (``"loss"``) [KFAC, sec. 6.6].
-
-        Args:
-            evaluation: of a batch.
-            candidates: values of γ.
-            quality: what is compared.
-            damping: λ + η.
-            directions: a buffer for Δ, and δ₀ where there is momentum.
-        """
-        values = []
-        for gamma in candidates:
-            self.proposals.write(evaluation, gamma**2, directions[0], fresh=True)
-            model, _ = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping)
-            coefficients = best_coefficients(model) if len(directions) > 1 else best_step(model)[None]
-            if quality == "model":
-                values.append(model.change(coefficients))
-            else:
-                terms = list(zip(coefficients, directions, strict=True))
-                values.append(self.local.trial(evaluation.tapes, terms))
-        return torch.stack(candidates)[torch.nan_to_num(torch.stack(values), nan=torch.inf).argmin()]
+    values = []
+    for gamma in candidates:
+        proposals.write(evaluation, gamma**2, directions[0], fresh=True)
+        model, _ = local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping)
+        coefficients = best_coefficients(model)
+        if quality == "model":
+            values.append(model.change(coefficients))
+        else:
+            terms = list(zip(coefficients, directions, strict=True))
+            values.append(local.trial(evaluation.tapes, terms))
+    return torch.stack(candidates)[torch.nan_to_num(torch.stack(values), nan=torch.inf).argmin()]
