@@ -41,10 +41,12 @@ class Factors:
     Args:
         A: ``[in (+1), in (+1)]``; the homogeneous coordinate is the last.
         G: ``[out, out]``.
+        S: second moments of the gradient in the eigenbasis of A and G (see :mod:`natgrad.curvature.ekfac`), or None.
     """
 
     A: Float[Tensor, "columns columns"] | Diagonal
     G: Float[Tensor, "out out"] | Diagonal
+    S: Float[Tensor, "out columns"] | None = None
 
     def to_dense(self) -> Float[Tensor, "size size"]:
         """``A ⊗ G``, which acts on the stacked columns of ``[W b]``."""
@@ -59,15 +61,23 @@ class LayerSums:
         A: ``Σ a aᵀ``, ``[in (+1), in (+1)]``, or its diagonal.
         G: ``Σ g gᵀ``, ``[out, out]``, or its diagonal; per draw or summed over the columns of an exact expectation.
         rows: how many rows (uses of the layer) the sums run over.
+        squares: ``Σ (Q_Gᵀ ∇_n Q_A)²`` over examples in a given eigenbasis, ``[out, in (+1)]``, or None.
     """
 
     A: Tensor
     G: Tensor
     rows: float
+    squares: Tensor | None = None
 
     def __add__(self, other: "LayerSums") -> "LayerSums":
         """Sums over both sets of rows; a diagonal added to a full matrix is written out."""
-        return LayerSums(_added(self.A, other.A), _added(self.G, other.G), self.rows + other.rows)
+        squares = None if self.squares is None or other.squares is None else self.squares + other.squares
+        return LayerSums(_added(self.A, other.A), _added(self.G, other.G), self.rows + other.rows, squares)
+
+    def scaled(self, factor: float) -> "LayerSums":
+        """All sums times a number."""
+        squares = None if self.squares is None else self.squares * factor
+        return LayerSums(self.A * factor, self.G * factor, self.rows * factor, squares)
 
 
 @dataclass
@@ -96,7 +106,7 @@ class Statistics:
 
     def scaled(self, factor: float) -> "Statistics":
         """As if every example counted ``factor`` times; the factors stay the same, their weight in a sum does not."""
-        layers = {name: LayerSums(s.A * factor, s.G * factor, s.rows * factor) for name, s in self.layers.items()}
+        layers = {name: sums.scaled(factor) for name, sums in self.layers.items()}
         return replace(self, layers=layers, examples=self.examples * factor, count=self.count * factor)
 
     def state(self) -> dict[str, Tensor]:
@@ -107,18 +117,25 @@ class Statistics:
         for name, sums in self.layers.items():
             state[f"{name}/A"], state[f"{name}/G"] = sums.A, sums.G
             state[f"{name}/rows"] = torch.tensor(sums.rows, dtype=torch.float64)
+            if sums.squares is not None:
+                state[f"{name}/squares"] = sums.squares
         return state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "Statistics":
         """The inverse of :meth:`state`."""
         names = [key.removesuffix("/A") for key in state if key.endswith("/A")]
-        layers = {n: LayerSums(state[f"{n}/A"], state[f"{n}/G"], float(state[f"{n}/rows"])) for n in names}
+        layers = {
+            n: LayerSums(state[f"{n}/A"], state[f"{n}/G"], float(state[f"{n}/rows"]), state.get(f"{n}/squares"))
+            for n in names
+        }
         return cls(layers, float(state["examples"]), state["count"].clone(), bool(state["additive"]))
 
 
 def factors_from(statistics: Statistics, *, in_place: bool = False) -> dict[str, Factors]:
     """``A = ΣA / N`` and ``G = ΣG / rows · N / count`` of every layer; zero for a layer that was never used.
+
+    The second moments in an eigenbasis, where they were collected, are ``S = Σ(Qᵀ∇)² / count``.
 
     Args:
         statistics: of at least one example.
@@ -134,7 +151,10 @@ def factors_from(statistics: Statistics, *, in_place: bool = False) -> dict[str,
     factors = {}
     for name, sums in layers.items():
         divided = (sums.A.div_, sums.G.mul_) if in_place else (sums.A.div, sums.G.mul)
-        factors[name] = Factors(_factor(divided[0](statistics.examples)), _factor(divided[1](scale[sums.rows])))
+        squares = None if sums.squares is None else sums.squares / statistics.count
+        factors[name] = Factors(
+            _factor(divided[0](statistics.examples)), _factor(divided[1](scale[sums.rows])), squares
+        )
     return factors
 
 

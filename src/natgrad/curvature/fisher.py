@@ -1,129 +1,29 @@
 """`kronecker_fisher`: a Kronecker-factored estimate of the curvature of a loss, as an operator."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.curvature.base import Diagonal, Factors, Statistics, factors_from, to_dense
+from natgrad.curvature.base import Statistics, factors_from
+from natgrad.curvature.batches import batches_of, following_global
 from natgrad.curvature.cotangents import Expectation, check_expectation
-from natgrad.curvature.dense import collect_dense, pair_blocks
-from natgrad.curvature.input_covariance import collect_inputs, input_covariance_factors, input_covariance_inverse
-from natgrad.curvature.inverse import FactoredInverse, invert_block
+from natgrad.curvature.dense import collect_dense
+from natgrad.curvature.input_covariance import collect_inputs
+from natgrad.curvature.inverse import Eigenbasis, eigenbasis
 from natgrad.curvature.kfac import collect
+from natgrad.curvature.operator import KroneckerCurvature
 from natgrad.curvature.uncovered import squared_gradients
-from natgrad.damping import ExactTikhonov, FactoredTikhonov, check_damping
 from natgrad.layers.capture import Capture
-from natgrad.layers.coverage import Coverage, Uncovered, cover
+from natgrad.layers.coverage import Uncovered, cover
 from natgrad.likelihoods import Likelihood
-from natgrad.linalg.spd import safe_eigh, spd_inverse
 from natgrad.model_view import Forward, ModelView, batch_size
-from natgrad.operators.base import LinearOperator
-from natgrad.operators.kronecker import BlockDiagonal, Dense, Kronecker, layer_index, parameter_index
 from natgrad.operators.sandwich import check_likelihood
 
-STRUCTURES = ("full", "block_diagonal", "input_covariance", "exact_block")
+__all__ = ["KroneckerCurvature", "kronecker_fisher"]
 
-
-class KroneckerCurvature(BlockDiagonal):
-    """A symmetric operator on parameters, built from Kronecker factors of layers; never changes.
-
-    Attributes:
-        structure: as asked for.
-        factors: per layer its A and G. For "full" those of the diagonal blocks; empty for "exact_block".
-    """
-
-    def __init__(
-        self,
-        view: ModelView,
-        coverage: Coverage,
-        structure: str,
-        statistics: Statistics,
-        diagonals: Mapping[str, Tensor],
-        alpha: float = 1.0,
-    ) -> None:
-        self.structure = structure
-        self._coverage = coverage
-        self._alpha = alpha
-        self._diagonals = {name: diagonals[name].reshape(-1) for name in coverage.uncovered}
-        self._indices = {name: layer_index(view, *members) for name, members in coverage.members.items()}
-        found = factors_from(statistics)
-        blocks: list[tuple[Tensor, LinearOperator]] = []
-        if structure == "full":
-            self.factors = _diagonal_pairs(found[""], coverage)
-            matrix = pair_blocks(to_dense(found[""].A), to_dense(found[""].G), _sizes(coverage))
-            blocks.append((torch.cat(list(self._indices.values())), Dense(matrix)))
-        elif structure == "exact_block":
-            self.factors: dict[str, Factors] = {}
-            blocks += [(self._indices[name], Dense(to_dense(f.A) * to_dense(f.G))) for name, f in found.items()]
-        else:
-            self.factors = input_covariance_factors(found, alpha) if structure == "input_covariance" else found
-            blocks += [(self._indices[name], Kronecker(*_plain(f))) for name, f in self.factors.items()]
-        blocks += [(parameter_index(view, n), _diagonal_operator(d)) for n, d in self._diagonals.items()]
-        super().__init__(view, blocks)
-
-    def coverage(self) -> Coverage:
-        """What is treated how; ``print`` it for a table with parameter counts."""
-        return self._coverage
-
-    def inverse(
-        self, damping: float | Tensor = 0.0, kind: str | FactoredTikhonov | ExactTikhonov | None = None
-    ) -> BlockDiagonal:
-        r"""The damped inverse as an operator on parameters.
-
-        ======================  =====================================================================
-        kind                    block
-        ======================  =====================================================================
-        ``"factored"``          ``(A + π γ I)^{-1} ⊗ (G + γ/π I)^{-1}``, γ = √damping [KFAC, eq. 7]
-        ``"exact"``             ``(block + damping I)^{-1}`` [KFAC, eq. 6]
-        ======================  =====================================================================
-
-        Parameters that no factor covers have ``1 / (diagonal + damping)`` in both.
-
-        Args:
-            damping: the coefficient of the identity, γ² = λ + η.
-            kind: ``"factored"`` (block_diagonal only, and its default), ``"exact"`` (the default of the others), or
-                an object: ``FactoredTikhonov(pi=...)`` chooses the norm in π.
-
-        Raises:
-            ValueError: an unknown kind, or one that the structure does not have; a negative damping; the undamped
-                inverse of a singular block, with a damping that would do.
-        """
-        check_damping(damping)
-        rule = self._rule(kind)
-        blocks: list[tuple[Tensor, LinearOperator]] = []
-        if self.structure in ("full", "exact_block"):
-            for index, block in self.blocks[: len(self.blocks) - len(self._diagonals)]:
-                blocks.append((index, Dense(_dense_inverse(block._dense(), damping))))
-        else:
-            for name, factors in self.factors.items():
-                what = f"the block of layer {name!r}"
-                if self.structure == "input_covariance":
-                    inverse = input_covariance_inverse(factors, damping, self._alpha, what)
-                else:
-                    inverse = invert_block(factors, damping, rule, check=True, what=what)
-                blocks.append((self._indices[name], _InverseOperator(inverse, self._indices[name].numel(), self)))
-        for (index, _), (name, diagonal) in zip(
-            self.blocks[len(self.blocks) - len(self._diagonals) :], self._diagonals.items(), strict=True
-        ):
-            blocks.append((index, _diagonal_operator(_diagonal_inverse(name, diagonal, damping))))
-        assert self.domain is not None  # BlockDiagonal acts on parameters
-        return BlockDiagonal(self.domain, blocks)
-
-    def _rule(self, kind: Any) -> FactoredTikhonov | ExactTikhonov:
-        factored = self.structure == "block_diagonal"
-        named = {
-            None: FactoredTikhonov() if factored else ExactTikhonov(),
-            "exact": ExactTikhonov(),
-            "factored": FactoredTikhonov(),
-        }
-        rule = kind if isinstance(kind, FactoredTikhonov | ExactTikhonov) else named.get(kind)
-        if rule is None:
-            raise ValueError(f"kind={kind!r}: expected 'factored', 'exact', FactoredTikhonov(...) or ExactTikhonov()")
-        if isinstance(rule, FactoredTikhonov) and not factored:
-            raise ValueError(f"kind='factored' is for structure 'block_diagonal'; {self.structure!r} has kind='exact'")
-        return rule
+STRUCTURES = ("full", "block_diagonal", "ekfac", "input_covariance", "exact_block")
 
 
 def kronecker_fisher(
@@ -148,6 +48,8 @@ def kronecker_fisher(
 
     - ``"block_diagonal"``: F̆, blocks ``A ⊗ G`` with ``A = E[ā āᵀ]``, ``G = E[g gᵀ]`` [KFAC, sec. 4.2];
     - ``"full"``: F̃, blocks ``E[ā_i ā_jᵀ] ⊗ E[g_i g_jᵀ]`` for every pair of layers [KFAC, sec. 3];
+    - ``"ekfac"``: blocks ``Q diag(S) Qᵀ``, Q the eigenvectors of ``A ⊗ G`` and S the second moments of the per-example
+      gradient in that basis (George et al. 2018): nearer to F than F̆. Two passes over x, with the same draws;
     - ``"exact_block"``: ``E[ā āᵀ ⊗ g gᵀ]`` per layer, no approximation within it;
     - ``"input_covariance"``: ``A ⊗ α I`` [THESIS, sec. 6.4.1].
 
@@ -194,8 +96,9 @@ def kronecker_fisher(
         check_expectation(likelihood, expectation, y, samples)
     view = ModelView(model, forward)
     coverage = cover(view, uncovered)
-    generator = generator or _following_global(view.device)
+    generator = generator or following_global(view.device)
     options: dict[str, Any] = {"expectation": expectation, "samples": samples, "generator": generator}
+    streams: list[Tensor] = []  # where each batch's draws began
     capture = Capture(model, coverage.layers)
     statistics: Statistics | None = None
     squares: dict[str, Tensor] = {}
@@ -203,9 +106,10 @@ def kronecker_fisher(
         for batch, targets, weights in batches_of(x, y, weight):
             batch_size(batch)  # refuses an empty batch
             given = {**options, "y": targets, "weight": weights}
+            streams.append(generator.get_state())
             if structure == "input_covariance":
                 new = collect_inputs(view, capture, likelihood, batch, y=targets, weight=weights)
-            elif structure == "block_diagonal":
+            elif structure in ("block_diagonal", "ekfac"):
                 new = collect(view, capture, likelihood, batch, **given)
             else:
                 new = collect_dense(view, capture, likelihood, batch, structure=structure, **given)
@@ -213,50 +117,42 @@ def kronecker_fisher(
             if uncovered == "diagonal" and coverage.uncovered:
                 found = squared_gradients(view, likelihood, batch, coverage.uncovered, **given)
                 squares = {name: squares[name] + found[name] if squares else found[name] for name in found}
+        if statistics is None:
+            raise ValueError("x: an iterable without a batch; expected at least one")
+        _check_finite(statistics)
+        bases: dict[str, Eigenbasis] = {}
+        if structure == "ekfac":
+            bases = {name: eigenbasis(factors, check=True) for name, factors in factors_from(statistics).items()}
+            again = torch.Generator(device=generator.device)
+            statistics = _second_pass(
+                view, capture, likelihood, batches_of(x, y, weight), streams, bases, {**options, "generator": again}
+            )
     finally:
         capture.remove()
-    if statistics is None:
-        raise ValueError("x: an iterable without a batch; expected at least one")
-    _check_finite(statistics)
     if uncovered == "diagonal":
         diagonals = {name: total / statistics.count for name, total in squares.items()}
     else:
         diagonals = {name: torch.ones_like(view.parameters[name].detach()) for name in coverage.uncovered}
-    return KroneckerCurvature(view, coverage, structure, statistics, diagonals, alpha)
+    return KroneckerCurvature(view, coverage, structure, statistics, diagonals, alpha, bases)
 
 
-def batches_of(x: Any, y: Any = None, weight: Any = None) -> Iterator[tuple[Any, Any, Any]]:
-    """(inputs, targets, weight) of every batch; a tensor, a tuple or a mapping is one batch.
-
-    Raises:
-        TypeError: x is an iterator, which could be iterated once only, or no iterable.
-        ValueError: y or weight have another number of batches.
-    """
-    if isinstance(x, Tensor | tuple | Mapping):
-        yield x, y, weight
-        return
-    if not isinstance(x, Iterable) or isinstance(x, Iterator):
-        raise TypeError(
-            f"x: expected one batch (a tensor, a tuple, a mapping) or a re-iterable of batches such as a list, "
-            f"got {type(x).__name__}"
-        )
-    missing = object()
-    others = [iter(other) if other is not None else None for other in (y, weight)]
-    for batch in x:
-        found = [None if other is None else next(other, missing) for other in others]
-        if missing in [f for f in found if not isinstance(f, Tensor)]:
-            raise ValueError("y, weight: fewer batches than x; pass one of each per batch")
-        yield batch, found[0], found[1]
-
-
-def _following_global(device: torch.device) -> torch.Generator:
-    """A generator that continues the global one, which stays where it is."""
-    generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())
-    if device.type == "cpu":
-        return generator
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return torch.Generator(device=device).manual_seed(seed)
+def _second_pass(
+    view: ModelView,
+    capture: Capture,
+    likelihood: Likelihood,
+    batches: Iterable[tuple[Any, Any, Any]],
+    streams: list[Tensor],
+    bases: dict[str, Eigenbasis],
+    options: dict[str, Any],
+) -> Statistics:
+    """The statistics of the first pass and the squared gradients in the eigenbasis of its factors; the same draws."""
+    statistics: Statistics | None = None
+    for (batch, y, weight), stream in zip(batches, streams, strict=True):
+        options["generator"].set_state(stream)
+        new = collect(view, capture, likelihood, batch, y=y, weight=weight, bases=bases, **options)
+        statistics = new if statistics is None else statistics + new
+    assert statistics is not None  # there was a batch
+    return statistics
 
 
 def _check_finite(statistics: Statistics) -> None:
@@ -268,71 +164,3 @@ def _check_finite(statistics: Statistics) -> None:
                     f"x: the {which} {where}are not all finite; look for NaN or infinite values in the data or "
                     "the parameters"
                 )
-
-
-def _sizes(coverage: Coverage) -> list[tuple[int, int]]:
-    """(columns, out) per layer."""
-    return [
-        (layer.in_features * (weight is not None) + (bias is not None), layer.out_features)
-        for layer, (weight, bias) in zip(coverage.layers.values(), coverage.members.values(), strict=True)
-    ]
-
-
-def _diagonal_pairs(pairs: Factors, coverage: Coverage) -> dict[str, Factors]:
-    A, G = to_dense(pairs.A), to_dense(pairs.G)
-    factors: dict[str, Factors] = {}
-    i = j = 0
-    for name, (columns, out) in zip(coverage.layers, _sizes(coverage), strict=True):
-        factors[name] = Factors(A[i : i + columns, i : i + columns], G[j : j + out, j : j + out])
-        i, j = i + columns, j + out
-    return factors
-
-
-def _plain(factors: Factors) -> tuple[Tensor, Tensor]:
-    A, G = (f.vector if isinstance(f, Diagonal) else f for f in (factors.A, factors.G))
-    return A, G
-
-
-def _diagonal_operator(diagonal: Tensor) -> Kronecker:
-    return Kronecker(diagonal.new_ones(1), diagonal)
-
-
-def _dense_inverse(matrix: Tensor, damping: float | Tensor) -> Tensor:
-    if float(damping) == 0:
-        values = safe_eigh(matrix, check=True).values
-        precision = torch.finfo(matrix.dtype).eps * len(values)
-        if values[0] <= values[-1] * precision:
-            raise ValueError(
-                f"the curvature is singular (eigenvalues from {values[0]:.1e} to {values[-1]:.1e}) and has no undamped "
-                f"inverse; pass a damping, for example damping={1e-3 * float(values.mean()) or 1e-3:.1e}"
-            )
-    return spd_inverse(matrix, damping, check=True, what="the curvature").value
-
-
-def _diagonal_inverse(name: str, diagonal: Tensor, damping: float | Tensor) -> Tensor:
-    damped = diagonal + damping
-    if not (damped > 0).all():
-        raise ValueError(
-            f"the diagonal of {name} has zeros and no undamped inverse; pass a damping, for example "
-            f"damping={1e-3 * float(diagonal.mean()) or 1e-3:.1e}"
-        )
-    return damped.reciprocal()
-
-
-class _InverseOperator(LinearOperator):
-    """A block's inverse on stacked columns."""
-
-    def __init__(self, inverse: Any, size: int, like: LinearOperator) -> None:
-        super().__init__((size, size), dtype=like.dtype, device=like.device, symmetric=True)
-        self.inverse = inverse
-        if isinstance(inverse, FactoredInverse):
-            self._product: Kronecker | None = Kronecker(inverse.A, inverse.G)
-        else:
-            self._product = None
-
-    def _matmat(self, v: Tensor) -> Tensor:
-        if self._product is not None:
-            return self._product._matmat(v)
-        out, columns = self.inverse.scale.shape
-        applied = [self.inverse.apply(column.reshape(columns, out).T).T.reshape(-1) for column in v.T]
-        return torch.stack(applied, dim=1)

@@ -84,17 +84,20 @@ class Eigenbasis:
 class ExactInverse:
     r"""``(A ⊗ G + damping I)^{-1}`` [KFAC, sec. 6.3, eq. 6] in an eigenbasis that it shares with its successors.
 
-    ``Q_G [ (Q_Gᵀ V Q_A) / (g aᵀ + damping) ] Q_Aᵀ``: four matrix products, two with one diagonal factor.
+    ``Q_G [ (Q_Gᵀ V Q_A) / (S + damping) ] Q_Aᵀ`` with ``S = g aᵀ``: four matrix products, two with one diagonal factor.
 
     Args:
         basis: of the undamped factors; rounding below zero is taken as zero.
         damping: the coefficient of the identity, a number or a 0-d tensor.
+        scaling: another S: the second moments of :mod:`natgrad.curvature.ekfac`.
     """
 
-    def __init__(self, basis: Eigenbasis, damping: float | Tensor) -> None:
+    def __init__(
+        self, basis: Eigenbasis, damping: float | Tensor, scaling: Float[Tensor, "out columns"] | None = None
+    ) -> None:
         check_damping(damping)
         self.basis = basis
-        self.scale = (torch.outer(basis.g, basis.a) + damping).reciprocal_()
+        self.scale = ((torch.outer(basis.g, basis.a) if scaling is None else scaling) + damping).reciprocal_()
         self.ok = basis.ok
 
     def apply(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
@@ -107,11 +110,15 @@ class ExactInverse:
 
     def to_dense(self) -> Float[Tensor, "size size"]:
         """The matrix that acts on the stacked columns of V."""
-        basis = self.basis
-        QA = torch.diag(torch.ones_like(basis.a)) if basis.QA is None else basis.QA
-        QG = torch.diag(torch.ones_like(basis.g)) if basis.QG is None else basis.QG
-        Q = kron(QA, QG)
+        Q = kronecker_basis(self.basis)
         return (Q * self.scale.T.reshape(-1)) @ Q.T
+
+
+def kronecker_basis(basis: Eigenbasis) -> Float[Tensor, "size size"]:
+    """``Q_A ⊗ Q_G`` as a matrix."""
+    QA = torch.diag(torch.ones_like(basis.a)) if basis.QA is None else basis.QA
+    QG = torch.diag(torch.ones_like(basis.g)) if basis.QG is None else basis.QG
+    return kron(QA, QG)
 
 
 def eigenbasis(factors: Factors, *, check: bool = False, what: str = "the block") -> Eigenbasis:

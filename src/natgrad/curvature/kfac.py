@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from natgrad.curvature.base import Diagonal, Factors, LayerSums, Statistics, factors_from, to_dense
 from natgrad.curvature.cotangents import check_expectation, cotangents, fisher_diagonal, validate_targets
+from natgrad.curvature.ekfac import GradientSquares
 from natgrad.curvature.inverse import (
     BlockInverse,
     Eigenbasis,
@@ -51,6 +52,7 @@ def collect(
     samples: int = 1,
     generator: torch.Generator | None = None,
     diagonal_output: bool = True,
+    bases: Mapping[str, Eigenbasis] | None = None,
 ) -> Statistics:
     """Statistics of one batch, by an eager pass of its own: works with compiled and checkpointed models.
 
@@ -73,6 +75,7 @@ def collect(
             samples=samples,
             generator=generator,
             diagonal_output=diagonal_output,
+            bases=bases,
         )
 
 
@@ -90,6 +93,7 @@ def statistics_from(
     generator: torch.Generator | None = None,
     diagonal_output: bool = True,
     input_factors: Mapping[str, Tensor] | None = None,
+    bases: Mapping[str, Eigenbasis] | None = None,
 ) -> Statistics:
     """Statistics from a forward pass that was recorded, by further backward passes; its graph is kept.
 
@@ -106,6 +110,7 @@ def statistics_from(
         diagonal_output: use the output layer's G where it is diagonal and known without sampling (Gaussian and
             Bernoulli).
         input_factors: A of layers where it is known; their inputs are not summed.
+        bases: of layers whose squared per-example gradients are summed too, in that basis.
 
     Raises:
         ValueError: targets are missing, or the expectation is unknown.
@@ -130,6 +135,10 @@ def statistics_from(
         name: input_sums(layer, inputs.get(name, []), rows, batch, known_A.get(name), outputs=name not in known)
         for name, layer in record.layers.items()
     }
+    squares: GradientSquares | None = None
+    if bases:
+        parts = {name: trainable_parts(record.layers[name]) for name in bases}
+        squares = GradientSquares(record, bases, parts, rows, batch)
     if sums.keys() - known.keys():
         stacks = cotangents(
             likelihood,
@@ -142,10 +151,19 @@ def statistics_from(
         )
         for stack in stacks:
             for found in output_gradients(record, z, stack):
-                for name in found.keys() - known.keys():
-                    _add_outputs(sums[name], found[name], rows, batch)
+                for name in known:
+                    found.pop(name, None)
+                for name, gradients in found.items():
+                    _add_outputs(sums[name], gradients, rows, batch)
+                if squares is not None:
+                    squares.add(found)
     for name, vector in known.items():
         sums[name].G = vector.to(sums[name].A.dtype)
+        if squares is not None and diagonal is not None:
+            squares.add_diagonal(name, diagonal.expand_as(z_rows))
+    if squares is not None:
+        for name, total in squares.sums.items():
+            sums[name].squares = total
     count: Tensor | float = float(rows)
     if expectation != "empirical":
         count = torch.as_tensor(likelihood.count(z_rows, targets, weight), dtype=z_rows.dtype, device=z.device)
