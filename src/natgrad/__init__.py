@@ -4,7 +4,7 @@
 between optimisers and the command line live beside it in `natgrad_lab`.
 """
 
-from natgrad import training
+from natgrad import linalg, training
 from natgrad.curvature.fisher import kronecker_fisher
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
@@ -56,5 +56,6 @@ __all__ = [
     "__version__",
     "kronecker_fisher",
     "likelihood_of",
+    "linalg",
     "training",
 ]
