@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from natgrad_lab import cli_paper
 from natgrad_lab.arguments import (
     Refused,
     check_positive,
@@ -29,11 +30,12 @@ INTERRUPTED = 130  # 128 + SIGINT, the shell's convention
 
 app = typer.Typer(
     name="natgrad",
-    help="Second-order training for PyTorch: race optimisers against each other, train with checkpoints.",
+    help="Second-order training for PyTorch: race optimisers, train with checkpoints, redo the papers' figures.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cli_paper.app)
 
 
 class Activation(StrEnum):
@@ -55,7 +57,7 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 â
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
-    """Second-order training for PyTorch: race optimisers against each other, train with checkpoints."""
+    """Second-order training for PyTorch: race optimisers, train with checkpoints, redo the papers' figures."""
     if version:
         import torch
 

@@ -64,7 +64,7 @@ def draw(race: Race, against: str, theme: str = "light") -> Figure:
     axes.set_yscale("log")
     _ticks(axes, "x")
     _ticks(axes, "y")
-    _style(axes, colours)
+    style_axes(axes, colours)
     _label_ends(axes, ends)
     axes.set_xlabel("seconds of training" if against == "seconds" else "updates", color=colours["ink"], fontsize=11)
     axes.set_ylabel("reconstruction error", color=colours["ink"], fontsize=11)
@@ -126,7 +126,8 @@ def _ticks(axes: matplotlib.axes.Axes, which: str) -> None:
     axis.set_view_interval(low, high, ignore=True)
 
 
-def _style(axes: matplotlib.axes.Axes, colours: dict[str, str]) -> None:
+def style_axes(axes: matplotlib.axes.Axes, colours: dict[str, str]) -> None:
+    """Grid behind the lines, no frame on top and right."""
     axes.grid(True, color=colours["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=colours["ink"], labelsize=10, length=0)

@@ -7,7 +7,6 @@ times apart.
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from natgrad_lab import checkpoint, optimizers
-from natgrad_lab.records import Evaluation, JsonLines, environment, finite, from_record, read_lines
+from natgrad_lab.records import Evaluation, JsonLines, environment, from_record, read_lines, replace_text, write_json
 from natgrad_lab.runner import SUBSET, Diverged, Runner
 from natgrad_lab.signals import between_updates
 
@@ -105,7 +104,7 @@ class Session:
                 raise ValueError(
                     f"{folder} already holds a run: add --resume {folder} to continue it, or choose another --out"
                 )
-            _write_atomically(
+            write_json(
                 folder / RUN, {"plan": asdict(plan), "settings": self.runner.competitor.settings, **environment()}
             )
             (folder / RECORDS).unlink(missing_ok=True)
@@ -237,18 +236,5 @@ def _forget_after(path: Path, update: int) -> list[Evaluation]:
     """Remove the records after the last checkpoint, which the run will write again; returns the evaluations kept."""
     records = read_lines(path) if path.exists() else []
     kept = [record for record in records if record.get("update", 0) <= update]
-    _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return [from_record(Evaluation, record) for record in kept if record["kind"] == "evaluation"]
-
-
-def _write_atomically(path: Path, value: dict[str, Any]) -> None:
-    _replace(path, json.dumps(finite(value), indent=1) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
