@@ -49,7 +49,7 @@ class EmpiricalFisher(JacobianSandwich):
         chunk_size: int | None = None,
     ) -> None:
         view = as_view(model, forward)
-        _check_examples_apart(view, type(self).__name__)
+        check_examples_apart(view, type(self).__name__)
         super().__init__(view, likelihood, x, None, chunk_size)
         with differentiable():
             z = self._products.z.clone().requires_grad_()
@@ -97,10 +97,19 @@ class GradientCovariance(EmpiricalFisher):
         self.centered = centered
 
 
-def _check_examples_apart(view: ModelView, operator: str) -> None:
+def check_examples_apart(view: ModelView, what: str) -> None:
+    """Refuse models in which an example's output depends on the others, so that none has a gradient of its own.
+
+    Args:
+        view: the model.
+        what: what is then not defined.
+
+    Raises:
+        ValueError: batch normalisation by the statistics of the batch.
+    """
     for name, module in view.module.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"model: {type(module).__name__} {name!r} normalises by the statistics of the batch, so that no "
-                f"example has a gradient of its own and {operator} is not defined; call model.eval() first"
+                f"example has a gradient of its own and {what} is not defined; call model.eval() first"
             )

@@ -1,0 +1,176 @@
+r"""The matrix R of per-example gradients, one row per example, written out only where that is cheaper.
+
+A linear layer's gradient of one example is ``Σ_t g_t ā_tᵀ`` over its uses t, so that a and g hold all of them in
+``n (in + out)`` numbers instead of ``n in out``, and inner products between examples cost as little.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from natgrad.model_view import ModelView
+
+
+@dataclass(frozen=True)
+class LinearRows:
+    """Rows ``vec(Σ_t g_t āᵀ_t)`` of one linear layer, by a and g alone.
+
+    Args:
+        a: what went into the layer, without the homogeneous 1.
+        g: derivatives of each example's own nll with respect to what came out.
+        weight: name of the weight.
+        bias: name of the bias, or None.
+    """
+
+    a: Float[Tensor, "n uses columns"]
+    g: Float[Tensor, "n uses out"]
+    weight: str
+    bias: str | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def gram(self, other: "LinearRows | None" = None) -> Float[Tensor, "n m"]:
+        """Inner products of all rows with all rows of another batch (default: with each other)."""
+        other = self if other is None else other
+        inner = self.a.flatten(0, 1) @ other.a.flatten(0, 1).T
+        if self.bias is not None:
+            inner += 1
+        inner *= self.g.flatten(0, 1) @ other.g.flatten(0, 1).T
+        uses, others = self.a.shape[1], other.a.shape[1]
+        return inner if uses == others == 1 else inner.view(len(self.a), uses, len(other.a), others).sum((1, 3))
+
+    def combine(self, c: Float[Tensor, " n"]) -> dict[str, Tensor]:
+        """``Rᵀ c`` by parameter."""
+        g = (self.g * c[:, None, None]).flatten(0, 1)
+        found = {self.weight: g.T @ self.a.flatten(0, 1)}
+        return found if self.bias is None else {**found, self.bias: g.sum(0)}
+
+    def project(self, v: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
+        """``R v`` for a vector by parameter."""
+        out = nn.functional.linear(self.a, v[self.weight], None if self.bias is None else v[self.bias])
+        return (out * self.g).sum((1, 2))
+
+    def tensors(self) -> "list[RowBlock]":
+        """The same rows, weight and bias apart."""
+        apart: list[RowBlock] = [replace(self, bias=None)]
+        return apart if self.bias is None else [*apart, TensorRows(self.g.sum(1), self.bias, self.g.shape[2:])]
+
+    def select(self, index: Tensor) -> "LinearRows":
+        """Some of the examples."""
+        return replace(self, a=self.a[index], g=self.g[index])
+
+    def append(self, other: "RowBlock") -> "LinearRows":
+        """These examples, then those of another batch."""
+        assert isinstance(other, LinearRows)
+        return replace(self, a=torch.cat([self.a, other.a]), g=torch.cat([self.g, other.g]))
+
+
+@dataclass(frozen=True)
+class TensorRows:
+    """Rows of one parameter, written out.
+
+    Args:
+        rows: one gradient per example, flattened.
+        name: of the parameter.
+        shape: of the parameter.
+    """
+
+    rows: Float[Tensor, "n size"]
+    name: str
+    shape: Sequence[int]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameter."""
+        return (self.name,)
+
+    def gram(self, other: "TensorRows | None" = None) -> Float[Tensor, "n m"]:
+        """Inner products of all rows with all rows of another batch (default: with each other)."""
+        return self.rows @ (self.rows if other is None else other.rows).T
+
+    def combine(self, c: Float[Tensor, " n"]) -> dict[str, Tensor]:
+        """``Rᵀ c`` by parameter."""
+        return {self.name: (c @ self.rows).view(*self.shape)}
+
+    def project(self, v: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
+        """``R v`` for a vector by parameter."""
+        return self.rows @ v[self.name].reshape(-1)
+
+    def tensors(self) -> "list[RowBlock]":
+        """Itself."""
+        return [self]
+
+    def select(self, index: Tensor) -> "TensorRows":
+        """Some of the examples."""
+        return replace(self, rows=self.rows[index])
+
+    def append(self, other: "RowBlock") -> "TensorRows":
+        """These examples, then those of another batch."""
+        assert isinstance(other, TensorRows)
+        return replace(self, rows=torch.cat([self.rows, other.rows]))
+
+
+RowBlock = LinearRows | TensorRows
+
+
+class GradientRows:
+    """The matrix R of per-example gradients ``[n, P]`` in blocks, none of them larger than it must be.
+
+    Args:
+        view: the model: the order of the parameters.
+        blocks: every trainable parameter once.
+    """
+
+    def __init__(self, view: ModelView, blocks: Sequence[RowBlock]) -> None:
+        self.view, self.blocks = view, list(blocks)
+
+    def __len__(self) -> int:
+        block = self.blocks[0]
+        return len(block.a if isinstance(block, LinearRows) else block.rows)
+
+    def combine(self, c: Float[Tensor, " n"]) -> Float[Tensor, " P"]:
+        """``Rᵀ c``."""
+        found: dict[str, Tensor] = {}
+        for block in self.blocks:
+            found |= block.combine(c)
+        return self.view.to_vector(found)
+
+    def project(self, v: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
+        """``R v`` for a vector by parameter."""
+        return torch.stack([block.project(v) for block in self.blocks]).sum(0)
+
+    def gram(self, other: "GradientRows | None" = None) -> Float[Tensor, "n m"]:
+        """``R Rᵀ``, or ``R Sᵀ`` with the rows S of another batch."""
+        others = [None] * len(self.blocks) if other is None else other.blocks
+        products = [mine.gram(theirs) for mine, theirs in zip(self.blocks, others, strict=True)]  # type: ignore
+        return torch.stack(products).sum(0) if len(products) > 1 else products[0]
+
+    def to_dense(self) -> Float[Tensor, "n P"]:
+        """All gradients written out."""
+        eye = torch.eye(len(self), dtype=self.view.dtype, device=self.view.device)
+        return torch.stack([self.combine(row) for row in eye])
+
+    def append(self, other: "GradientRows") -> "GradientRows":
+        """These examples, then those of another batch."""
+        pairs = zip(self.blocks, other.blocks, strict=True)
+        return GradientRows(self.view, [mine.append(theirs) for mine, theirs in pairs])
+
+
+def written_out(blocks: Sequence[LinearRows]) -> Iterator[RowBlock]:
+    """Layers with so many uses per example that products of a and g would cost more than the gradients themselves."""
+    for block in blocks:
+        n, uses, columns = block.a.shape
+        out = block.g.shape[-1]
+        if uses == 1 or uses**2 * (columns + out) <= columns * out:
+            yield block
+            continue
+        weight = torch.einsum("nto,nti->noi", block.g, block.a)
+        yield TensorRows(weight.reshape(n, -1), block.weight, (out, columns))
+        if block.bias is not None:
+            yield TensorRows(block.g.sum(1), block.bias, (out,))
