@@ -24,11 +24,13 @@ from natgrad.optim.preconditioned import Preconditioned
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.scaling import KLClip
 from natgrad.optim.settings import Damping, Periods, Renewal, StepGuard, Subsets
+from natgrad.optim.tonga import TONGA
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KFAC",
+    "TONGA",
     "Bernoulli",
     "Categorical",
     "Damping",

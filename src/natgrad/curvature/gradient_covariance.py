@@ -10,6 +10,7 @@ P.-A. Manzagol, Y. Bengio, "Topmoumoute online natural gradient algorithm", NIPS
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -51,9 +52,18 @@ class LowRankCovariance(LinearOperator):
         self.rows, self.centered, self.blocks = rows, centered, blocks
         self.groups = [GradientRows(view, group) for group in _groups(rows.blocks, blocks)]
 
+    @cached_property
+    def products(self) -> list[Float[Tensor, "n n"]]:
+        """``R Rᵀ`` of every diagonal block, in float64 where the device has it; computed once."""
+        return [group.gram().to(_accurate(group)) for group in self.groups]
+
     def grams(self) -> list[Float[Tensor, "n n"]]:
-        """``H R Rᵀ H`` of every diagonal block (without H where uncentred), in float64 where the device has it."""
-        return [self.center(group.gram().to(_accurate(group))) for group in self.groups]
+        """``H R Rᵀ H`` of every diagonal block (without H where uncentred)."""
+        return [self.center(product) for product in self.products]
+
+    def trace(self) -> Float[Tensor, ""]:
+        """The trace of C: the sum of the variances of all elements of the gradient."""
+        return torch.stack([gram.trace() for gram in self.grams()]).sum() / len(self.rows)
 
     def center(self, x: Float[Tensor, "n *m"]) -> Float[Tensor, "n *m"]:
         """``H x``, for a square matrix ``H x H``; x itself where the covariance is uncentred."""
@@ -78,7 +88,7 @@ class LowRankCovariance(LinearOperator):
         """
         check_damping(damping)
         if not isinstance(damping, Tensor) and damping == 0:
-            mean = sum(float(gram.trace()) for gram in self.grams()) / len(self.rows) ** 2
+            mean = float(self.trace()) / len(self.rows)
             raise ValueError(
                 f"damping=0: {len(self.rows)} gradients give a matrix of {self.shape[0]} rows of rank at most "
                 f"{len(self.rows)}, which has no inverse; pass a damping, for example {mean or 1.0:.1e}, its mean "
@@ -115,11 +125,10 @@ class LowRankInverse(LinearOperator):
             symmetric=True,
         )
         self.covariance, self.damping, n = covariance, damping, len(covariance.rows)
-        self._raw = [group.gram().to(_accurate(group)) for group in covariance.groups]
         self._roots: list[Tensor] = []
         ok = torch.ones((), dtype=torch.bool, device=covariance.device)
-        for gram in self._raw:
-            damped = covariance.center(gram.clone())
+        for gram in covariance.grams():
+            damped = gram if covariance.centered else gram.clone()
             damped.diagonal().add_(n * damping)
             root, fine = safe_cholesky(damped)
             self._roots.append(root)
@@ -132,7 +141,7 @@ class LowRankInverse(LinearOperator):
         The gradient of a mean loss is such a combination, with ``u = 1 / n``.
         """
         found = []
-        for raw, root in zip(self._raw, self._roots, strict=True):
+        for raw, root in zip(self.covariance.products, self._roots, strict=True):
             right = u.to(raw.dtype)
             if self.covariance.centered:
                 solved = _solve(root, self.covariance.center(raw @ right))

@@ -1,0 +1,173 @@
+"""TONGA: the gradient times the inverse covariance of the gradients of single examples.
+
+N. Le Roux, P.-A. Manzagol, Y. Bengio, "Topmoumoute online natural gradient algorithm", NIPS 2007; as compared with the
+natural gradient in [NATGRAD, sec. 4.1]. The covariance is that of the current batch, in low-rank form.
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from natgrad.curvature.gradient_covariance import Blocks, LowRankCovariance, check_blocks
+from natgrad.curvature.gradient_rows import GradientRows
+from natgrad.curvature.per_example import PerExampleGradients
+from natgrad.likelihoods import Likelihood, is_plain_sum
+from natgrad.model_view import Forward, batch_size
+from natgrad.operators.gradient_moments import check_examples_apart
+from natgrad.optim.stats import Stats
+from natgrad.optim.whole_model import WholeModelOptimizer
+
+
+class TONGA(WholeModelOptimizer):
+    r"""Steps ``−lr (C + λ I)^{-1} ∇h`` with C the covariance of per-example gradients [NATGRAD, sec. 4.1, eqs. 12, 13].
+
+    Uncentred ``C = 1/n Σ g_i g_iᵀ``, centred ``C = 1/n Σ (g_i − ḡ)(g_i − ḡ)ᵀ``, over n examples of the batch, g_i being
+    the gradient of the example's own summed nll. C is large where the examples disagree; the step avoids those
+    directions. It is never written out: n gradients are held (as layer inputs and output derivatives where that is
+    smaller), and a step costs ``O(n² P)``, through their Gram matrix and the Woodbury identity.
+
+    Both forms step in the same direction where ∇h is the mean ḡ: with ``s = ḡᵀ (U + λ I)^{-1} ḡ ≤ 1``, the first-order
+    decrease that the uncentred step foretells, the centred step is ``1 / (1 − s)`` times as long.
+
+    Args:
+        model: any module in which the examples of a batch do not depend on each other.
+        likelihood: p(y|z); its ``nll`` is the loss h.
+        lr: multiplies the step.
+        damping: λ, constant; None takes ``share`` of the trace of C at every step, so that the step does not depend on
+            the scale of the loss.
+        share: see ``damping``.
+        centered: True takes the covariance of the derivation instead of U, and steps of no bounded length.
+        blocks: "full"; "layer" or "tensor" drop the covariance between layers or parameters.
+        gradients: at most so many examples of a batch, chosen at random, enter C; None for all of them.
+        seed: of that choice.
+        forward: ``forward(model, inputs) → z`` where the default call convention does not fit.
+        chunk_size: examples in one pass of ``torch.func``, for parameters outside of linear layers.
+
+    Attributes:
+        stats: of the last step: loss, lambda, trace (of C), rank (n at most), step_norm; skipped and updates in all.
+
+    Raises:
+        ValueError: a setting out of range.
+        TypeError: the likelihood lacks a method.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        lr: float = 1.0,
+        damping: float | None = None,
+        share: float = 0.01,
+        centered: bool = False,
+        blocks: Blocks = "full",
+        gradients: int | None = None,
+        seed: int = 0,
+        forward: Forward | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        check_blocks(blocks)
+        if damping is not None and not 0 < damping < math.inf:
+            raise ValueError(
+                f"damping={damping}: expected a positive number or None; C has fewer gradients than parameters and no "
+                "inverse without damping"
+            )
+        if not 0 < share < math.inf:
+            raise ValueError(f"share={share}: expected a positive number, the part of C's trace that is the damping")
+        if gradients is not None and gradients < 1:
+            raise ValueError(f"gradients={gradients}: expected at least one example, or None for the whole batch")
+        super().__init__(model, likelihood, lr=lr, seed=seed, forward=forward)
+        self.damping, self.share, self.centered, self.blocks = damping, share, centered, blocks
+        self.gradients = gradients
+        self._collect = PerExampleGradients(self.view, chunk_size)
+
+    @torch.no_grad()
+    def step(  # pyrefly: ignore[bad-override] - evaluates the model itself
+        self, inputs: Any = None, targets: Any = None, micro_batch_size: int | None = None, closure: Any = None
+    ) -> Float[Tensor, ""] | None:
+        """Evaluate a mini-batch and update the parameters.
+
+        Args:
+            inputs: one batch; or, with ``targets=None``, an iterable of (inputs, targets) micro-batches.
+            targets: what the likelihood compares z with.
+            micro_batch_size: evaluate at most so many examples at a time.
+            closure: not supported.
+
+        Returns:
+            the loss before the update, a 0-d tensor. Where it or the step is not finite, parameters and buffers stay as
+            they were, and ``stats["skipped"]`` counts the batch.
+
+        Raises:
+            TypeError: a closure is given.
+            ValueError: inputs or targets that do not fit; batch normalisation in train mode.
+        """
+        batches = self._batches(inputs, targets, micro_batch_size, closure)
+        if batches is None:
+            return None
+        check_examples_apart(self.view, "TONGA's covariance of gradients")
+        buffers = self._buffers()
+        rows, nll, gradient, count = self._evaluate(batches)
+        covariance = LowRankCovariance(rows, centered=self.centered, blocks=self.blocks)
+        if len(rows) == 1 and self.centered and self.damping is None:
+            raise ValueError(
+                "inputs: the gradient of one example has no covariance; use larger batches, or centered=False or a "
+                "constant damping"
+            )
+        trace = covariance.trace()
+        # gradients that are all alike have no covariance: the step is then 0 instead of infinite
+        tiny = torch.finfo(trace.dtype).tiny
+        damping = torch.full_like(trace, self.damping) if self.damping is not None else self.share * trace
+        inverse = covariance.inverse(damping.clamp(min=tiny))
+        if gradient is None:
+            u = torch.ones(len(rows), dtype=trace.dtype, device=trace.device) / count
+            direction = inverse.of_combination(u)
+        else:
+            direction = inverse @ (gradient / count)
+        loss = nll / count
+        usable = torch.isfinite(loss) & torch.isfinite(trace) & (inverse.ok | (damping <= tiny))
+        usable = usable & torch.isfinite(direction.sum())
+        step = torch.where(usable & (damping > tiny), -direction, torch.zeros_like(direction))
+        self._add(step)
+        self._count_step(usable, buffers)
+        self.stats = Stats(
+            {
+                "loss": loss,
+                "lambda": damping,
+                "trace": trace,
+                "rank": min(len(rows) - self.centered, self.view.num_parameters),
+                "step_norm": torch.linalg.vector_norm(step),
+                **self._counts,
+                "updates": self._update_number,
+            }
+        )
+        return loss.to(direction.dtype)
+
+    def _evaluate(
+        self, batches: list[tuple[Any, Any]]
+    ) -> tuple[GradientRows, Tensor, Float[Tensor, " P"] | None, Tensor]:
+        """Rows, summed nll, gradient of that sum (None where it is the sum of the rows) and the count."""
+        examples = sum(batch_size(x) for x, _ in batches)
+        nll, counts = self._scalar(), []
+        rows: GradientRows | None = None
+        gradient: Tensor | None = None
+        for x, y in batches:
+            passed = self._collect(self.likelihood, x, y, self._chosen(batch_size(x), examples))
+            self._validate(passed.z, y)
+            nll = nll + passed.nll
+            counts.append(torch.as_tensor(self.likelihood.count(passed.z, y), device=nll.device).to(nll.dtype))
+            if passed.gradient is not None:
+                gradient = passed.gradient if gradient is None else gradient + passed.gradient
+            rows = passed.rows if rows is None else rows.append(passed.rows)
+        assert rows is not None  # there is at least one batch
+        count = counts[0] if is_plain_sum(self.likelihood) else torch.stack(counts).sum()
+        return rows, nll, gradient, count
+
+    def _chosen(self, size: int, examples: int) -> Tensor | None:
+        """Which of a micro-batch's examples enter C, or None for all."""
+        if self.gradients is None or self.gradients >= examples:
+            return None
+        share = min(size, max(1, round(self.gradients * size / examples)))
+        return torch.randperm(size, generator=self._generator, device=self._generator.device)[:share].sort().values
