@@ -1,8 +1,8 @@
 """The optimisers that race: a name, an update function, a batch size per update, and the settings that made them.
 
 The settings are data: `recipes/baselines.json` (what the documented sweep over learning rate and batch size found for
-the first-order methods) and `recipes/kfac.json`. A baseline without an entry there uses the values of
-`BASELINE_DEFAULTS`.
+the first-order methods), `recipes/kfac.json` and `recipes/family.json` (the rest of the natural-gradient family). A
+baseline without an entry there uses the values of `BASELINE_DEFAULTS`.
 """
 
 import difflib
@@ -96,7 +96,16 @@ def baseline_settings(name: str, task_name: str) -> dict[str, Any]:
 
 def kfac_settings(name: str, task_name: str) -> dict[str, Any]:
     """`batch_size` and `arguments` of a K-FAC entry: the recipe's default, then the task's own, key by key."""
-    recipe = _read_recipe("kfac.json")
+    return _layered("kfac.json", name, task_name)
+
+
+def family_settings(name: str, task_name: str) -> dict[str, Any]:
+    """The same for the rest of the natural-gradient family."""
+    return _layered("family.json", name, task_name)
+
+
+def _layered(file: str, name: str, task_name: str) -> dict[str, Any]:
+    recipe = _read_recipe(file)
     merged: dict[str, Any] = {"batch_size": {"start": 500, "at": 500}, "arguments": {}}
     for layer in (recipe.get("default", {}).get(name, {}), recipe.get(task_name, {}).get(name, {})):
         for key in merged:
@@ -149,6 +158,19 @@ def _kfac(name: str, task: Any, model: nn.Module, seed: int, overrides: dict[str
     return Competitor(name, model, optimizer, step, ExponentialBatchSize(**growth), {**settings, "in force": in_force})
 
 
+def _family(name: str, task: Any, model: nn.Module, seed: int, overrides: dict[str, Any]) -> Competitor:
+    import natgrad as ng
+    from natgrad.training import ExponentialBatchSize
+
+    settings = family_settings(name, task.name)
+    settings["arguments"] = {**settings["arguments"], **overrides}
+    n = len(task.x_train)
+    growth = {**settings["batch_size"], "final": min(settings["batch_size"].get("final", n), n)}
+    growth["start"] = min(growth["start"], growth["final"])
+    optimizer = getattr(ng, _FAMILY[name])(model, task.likelihood, seed=seed, **settings["arguments"])
+    return Competitor(name, model, optimizer, optimizer.step, ExponentialBatchSize(**growth), settings)
+
+
 # What K-FAC chose where the recipe is silent: written beside the results, so that τ's and T's are always there.
 _IN_FORCE = ("damping", "l2", "momentum", "subsets", "periods", "guard", "decay")
 
@@ -187,8 +209,11 @@ _FIRST_ORDER: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda parameters, **arguments: torch.optim.SGD(parameters, fused=True, **arguments),
 }
 
+_FAMILY = {"tonga": "TONGA"}
+
 _FACTORIES: dict[str, Callable[..., Competitor]] = {
     "kfac": _kfac,
     "kfac-paper": _kfac,
+    **{name: _family for name in _FAMILY},
     **{name: _first_order for name in _FIRST_ORDER},
 }
