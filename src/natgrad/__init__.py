@@ -18,6 +18,8 @@ from natgrad.operators.autodiff import (
     Hessian,
     Jacobian,
 )
+from natgrad.optim.acp import ACP
+from natgrad.optim.centered import CenteredSGD
 from natgrad.optim.kfac import KFAC
 from natgrad.optim.nesterov import NesterovSGD
 from natgrad.optim.preconditioned import Preconditioned
@@ -29,10 +31,12 @@ from natgrad.optim.tonga import TONGA
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACP",
     "KFAC",
     "TONGA",
     "Bernoulli",
     "Categorical",
+    "CenteredSGD",
     "Damping",
     "EmpiricalFisher",
     "ExactTikhonov",
