@@ -28,6 +28,13 @@ class RunningFactors:
         self.factors: dict[str, Factors] = {}
         self.updates: Tensor | None = None
 
+    @property
+    def weight(self) -> Float[Tensor, ""]:
+        """``1 − ε`` of the last estimate that went in."""
+        if self.updates is None:
+            raise RuntimeError("no estimate has gone in yet")
+        return torch.clamp(1 / self.updates.clamp(min=1), min=1 - self.decay)
+
     def update(self, estimate: Mapping[str, Factors], usable: Bool[Tensor, ""]) -> Bool[Tensor, ""]:
         """Take in one estimate.
 
@@ -47,7 +54,7 @@ class RunningFactors:
         self.updates = self.updates + usable
         if usable.device.type == "cpu" and not usable:  # reading it costs nothing there, a select over matrices does
             return usable
-        weight = torch.clamp(1 / self.updates.clamp(min=1), min=1 - self.decay)  # 1 − ε
+        weight = self.weight
         averages: list[Tensor] = []
         estimates: list[Tensor] = []
         for name, new in estimate.items():

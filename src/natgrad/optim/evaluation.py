@@ -24,6 +24,7 @@ from natgrad.layers.factors import flatten_rows
 from natgrad.likelihoods import Likelihood, is_plain_sum, nll_and_score
 from natgrad.model_view import ModelView, Replay, batch_size, select_rows
 from natgrad.operators.chain import Chain, ChainRecord
+from natgrad.optim.inverses import LayerInverses
 from natgrad.optim.layout import JointLayout
 from natgrad.optim.settings import Subsets
 from natgrad.optim.static import StaticInputs
@@ -88,6 +89,7 @@ class Evaluator:
         chain: the model as a chain, if it is one.
         static: inputs that are the same at every update, or None.
         diagonal: names of parameters outside of the layers whose diagonal of F is estimated too.
+        inverses: they know in which eigenbases second moments of the gradient are wanted, if any.
         checked: whether a batch was compared with what model and likelihood expect; done once.
     """
 
@@ -99,6 +101,7 @@ class Evaluator:
     static: StaticInputs | None = None
     diagonal: tuple[str, ...] = ()  # uncovered parameters whose diagonal Fisher is estimated
     checked: bool = False
+    inverses: LayerInverses | None = None
 
     def __call__(
         self,
@@ -229,6 +232,7 @@ class Evaluator:
             targets=part.targets,
             generator=generator,
             input_factors=known,
+            bases=self.inverses.bases if self.inverses is not None else None,
         )
         if self.diagonal:
             leading = slice(0, part.sampled)

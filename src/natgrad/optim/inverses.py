@@ -8,6 +8,7 @@ from torch import Tensor
 
 from natgrad.curvature.base import Factors
 from natgrad.curvature.inverse import BlockInverse, Eigenbasis, ExactInverse, FactoredInverse, eigenbasis, invert_block
+from natgrad.curvature.running import RunningFactors
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 
 Tikhonov = ExactTikhonov | FactoredTikhonov
@@ -28,6 +29,20 @@ class LayerInverses:
         self.failures = 0
         self._kept: dict[str, Eigenbasis | FactoredInverse] = {}
         self._exact: dict[str, tuple[float, ExactInverse]] = {}
+
+    @property
+    def bases(self) -> Mapping[str, Eigenbasis]:
+        """Layers whose second moments are wanted in an eigenbasis: none."""
+        return {}
+
+    def average(self, estimate: Mapping[str, Factors], weight: Tensor, usable: Tensor) -> None:
+        """Take in an estimate's second moments in :attr:`bases`: there are none."""
+
+    def observe(self, estimate: Mapping[str, Factors], running: RunningFactors, usable: Tensor) -> Tensor:
+        """Take an estimate into the averages, and its second moments into these inverses; whether it went in."""
+        taken = running.update(estimate, usable)
+        self.average(estimate, running.weight, taken)
+        return taken
 
     def __bool__(self) -> bool:
         return bool(self._kept)

@@ -34,6 +34,7 @@ from natgrad.optim.select import keep_where
 from natgrad.optim.settings import Damping, Periods, StepGuard, Subsets
 from natgrad.optim.static import StaticInputs
 from natgrad.optim.stats import Stats
+from natgrad.optim.structures import check_structure, damping_for, inverses_for
 from natgrad.optim.trials import best_gamma
 from natgrad.quadratic import best_coefficients, reduction_ratio
 
@@ -49,7 +50,7 @@ class KFAC(torch.optim.Optimizer):
     Args:
         model: any module; its ``nn.Linear`` layers get Kronecker factors.
         likelihood: ``p(y | z)``; its ``nll`` is the loss.
-        structure: ``"block_diagonal"``.
+        structure: ``"block_diagonal"``, or ``"ekfac"``: second moments of the gradient in the eigenbasis of F̆.
         damping: None (λ starts from the factors of the first batch), a number (λ without η at the first update) or a
             :class:`Damping`.
         l2: η, the coefficient of ``½ ‖θ‖²`` in the objective.
@@ -91,14 +92,13 @@ class KFAC(torch.optim.Optimizer):
         uncovered: Uncovered = "error",
         lr: float = 1.0,
     ) -> None:
-        if structure != "block_diagonal":
-            raise ValueError(f"structure={structure!r}: KFAC knows 'block_diagonal'")
+        check_structure(structure, ("block_diagonal", "ekfac"), "KFAC")
         check_likelihood(likelihood)
         if not 0 <= l2 < math.inf:
             raise ValueError(f"l2={l2}: expected a non-negative number")
         if not lr >= 0:
             raise ValueError(f"lr={lr}: expected a non-negative number; 1 takes the computed step")
-        self.damping = damping if isinstance(damping, Damping) else Damping(value=damping)
+        self.damping = damping_for(structure, damping)
         if self.damping.gamma is not None and self.damping.gamma.every % periods.inverses:
             raise ValueError(
                 f"GreedyGamma(every={self.damping.gamma.every}): T₂ must be a multiple of T₃ = {periods.inverses}, the "
@@ -113,6 +113,7 @@ class KFAC(torch.optim.Optimizer):
         self.layout = JointLayout(view, self._coverage)
         self.capture = Capture(model, self._coverage.layers)
         chain = Chain.of(view)
+        inverses = inverses_for(structure, self.damping.form)
         self._evaluator = Evaluator(
             view,
             likelihood,
@@ -121,6 +122,7 @@ class KFAC(torch.optim.Optimizer):
             chain=chain,
             static=StaticInputs(static_inputs) if static_inputs is not None else None,
             diagonal=self._coverage.uncovered if uncovered == "diagonal" else (),
+            inverses=inverses,
         )
         self._generator = torch.Generator(device=view.device).manual_seed(seed)
         real = torch.float64 if view.device.type != "mps" else torch.float32
@@ -130,7 +132,7 @@ class KFAC(torch.optim.Optimizer):
         self._lam = scalar + (self.damping.value if self.damping.value is not None else torch.nan)
         self._gamma = (self._lam + l2).sqrt()
         self._running = RunningFactors(decay)
-        self.proposals = Proposals(self.layout, self._running, self.damping.form, l2)
+        self.proposals = Proposals(self.layout, self._running, inverses, l2)
         self.local = LocalModel(view, likelihood, self.layout, chain, l2)
         self._gradient, self._proposal, self._previous = self.layout.buffers(3)
         self._counts = {"skipped": scalar.clone(), "rejected": scalar.clone()}
@@ -198,7 +200,7 @@ class KFAC(torch.optim.Optimizer):
         for buffer, before in buffers:
             keep_where(buffer, finite, before)
         self._add_l2(evaluation.gradient)
-        self._running.update(factors_from(evaluation.statistics, in_place=True), finite)
+        self.proposals.observe(factors_from(evaluation.statistics, in_place=True), finite)
         self._tie_gamma()
         if not self._started:
             self._start(finite)

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.curvature.base import Statistics, factors_from
+from natgrad.curvature.base import Statistics, diagonal, factors_from
 from natgrad.curvature.cotangents import Expectation, check_expectation, validate_targets
 from natgrad.curvature.kfac import check_captured, collect, statistics_from, trainable_parts
 from natgrad.curvature.running import RunningFactors
-from natgrad.damping import FactoredTikhonov, check_damping
+from natgrad.damping import check_damping
 from natgrad.layers.capture import Capture
 from natgrad.layers.coverage import Coverage, cover
 from natgrad.layers.watch import Watch
@@ -19,10 +19,11 @@ from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView
 from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim import preconditioner_state
-from natgrad.optim.inverses import LayerInverses, Tikhonov
+from natgrad.optim.inverses import Tikhonov
 from natgrad.optim.scaling import KLClip
 from natgrad.optim.settings import Periods, Renewal
 from natgrad.optim.stats import Stats
+from natgrad.optim.structures import check_structure, form_for, inverses_for
 
 
 class Preconditioner:
@@ -46,14 +47,14 @@ class Preconditioner:
         model: any module.
         likelihood: p(y | z). The curvature is that of ``likelihood.nll``: train on the same number, or one
             proportional to it.
-        structure: ``"block_diagonal"``.
+        structure: ``"block_diagonal"``, or ``"ekfac"``: second moments of the gradient in the eigenbasis of F̆.
         damping: λ, the coefficient of the identity. May be changed at any time through :attr:`damping`.
         seed: of the preconditioner's own random stream (sampled targets).
         forward: ``forward(model, inputs) → z``, for :meth:`update` on models that are not called as ``model(inputs)``.
         uncovered: trainable parameters that no factor covers are an ``"error"``, or keep their gradient
             (``"identity"``).
-        form: factored Tikhonov damping, or the exact one in the eigenbasis of the factors (twice the products for
-            every step, decompositions that cost several times as much).
+        form: factored Tikhonov damping (the default of block_diagonal), or the exact one in the eigenbasis of the
+            factors, the only one of ekfac (twice the products for every step, decompositions several times as costly).
         periods: how often statistics and inverses are renewed.
         scaling: ν; None for 1.
         expectation: ``"sampled"``, ``"exact"`` or ``"empirical"`` (which needs y).
@@ -78,14 +79,13 @@ class Preconditioner:
         seed: int = 0,
         forward: Forward | None = None,
         uncovered: str = "error",
-        form: Tikhonov = FactoredTikhonov(),
+        form: Tikhonov | None = None,
         periods: Periods = Renewal(),
         scaling: KLClip | None = KLClip(),
         expectation: Expectation = "sampled",
         decay: float = 0.95,
     ) -> None:
-        if structure != "block_diagonal":
-            raise ValueError(f"structure={structure!r}: Preconditioner knows 'block_diagonal'")
+        check_structure(structure, ("block_diagonal", "ekfac"), "Preconditioner")
         if uncovered not in ("error", "identity"):
             raise ValueError(f"uncovered={uncovered!r}: Preconditioner knows 'error' and 'identity'")
         check_likelihood(likelihood)
@@ -101,7 +101,7 @@ class Preconditioner:
         self._watch = Watch(self.view.module, self.capture)
         self._generator = torch.Generator(device=self.view.device).manual_seed(seed)
         self._running = RunningFactors(decay)
-        self._inverses = LayerInverses(form)
+        self._inverses = inverses_for(structure, form_for(structure, form))
         self._parts = {name: trainable_parts(layer) for name, layer in self._coverage.layers.items()}
         self._pending: Statistics | None = None
         self._steps = 0
@@ -173,6 +173,7 @@ class Preconditioner:
                 weight=weight,
                 expectation=self.expectation,
                 generator=self._generator,
+                bases=self._inverses.bases,
             )
         except RuntimeError as error:
             if "second time" in str(error):
@@ -205,6 +206,7 @@ class Preconditioner:
                 y=targets,
                 weight=weight,
                 generator=self._generator,
+                bases=self._inverses.bases,
             )
         )
 
@@ -243,8 +245,7 @@ class Preconditioner:
         """Averages and inverses from what was observed since the last step."""
         if self._pending is not None:
             usable = torch.ones((), dtype=torch.bool, device=self._skipped.device)
-            taken = self._running.update(factors_from(self._pending), usable)
-            self._skipped += ~taken
+            self._skipped += ~self._inverses.observe(factors_from(self._pending), self._running, usable)
             self._pending = None
         first = not self._inverses
         # The comparison waits for the device, but only until there are inverses.
@@ -267,7 +268,7 @@ class Preconditioner:
             if inverse is None:
                 bare += 1
                 continue
-            gradient = gradient.to(self._running_dtype(name))
+            gradient = gradient.to(diagonal(self._running.factors[name].A).dtype)
             U = inverse.apply(gradient)
             preconditioned.append((name, U))
             products.append(torch.sum(gradient * U))
@@ -286,10 +287,6 @@ class Preconditioner:
                 "bare": bare,
             }
         )
-
-    def _running_dtype(self, name: str) -> torch.dtype:
-        A = self._running.factors[name].A
-        return A.dtype if isinstance(A, Tensor) else A.vector.dtype
 
     def _members(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """The trainable weight and bias of a layer, None for one that is not trained."""

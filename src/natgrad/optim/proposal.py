@@ -1,15 +1,17 @@
 """The proposal ``Δ = −F̆_γ^{-1} ∇h`` from the averaged factors [KFAC, sec. 4.2, 6.3, 8]."""
 
+from collections.abc import Mapping
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from natgrad.curvature.base import diagonal
+from natgrad.curvature.base import Factors, diagonal
 from natgrad.curvature.inverse import BlockInverse, FactoredInverse, invert_block
 from natgrad.curvature.running import RunningFactors, mean_eigenvalue
 from natgrad.damping import ExactTikhonov
 from natgrad.optim.evaluation import Evaluation
-from natgrad.optim.inverses import LayerInverses, Tikhonov
+from natgrad.optim.inverses import LayerInverses
 from natgrad.optim.layout import JointLayout
 from natgrad.optim.low_rank import low_rank_apply, low_rank_pays
 
@@ -22,18 +24,21 @@ class Proposals:
     Args:
         layout: of the flat vectors.
         running: the averaged factors.
-        form: how damping enters.
+        inverses: of the covered layers; they say how damping enters.
         l2: η, for the part of the gradient that has full rank.
 
     Attributes:
-        inverses: of the covered layers.
         scale: the mean eigenvalue of F̆ at the last refresh.
     """
 
-    def __init__(self, layout: JointLayout, running: RunningFactors, form: Tikhonov, l2: float = 0.0) -> None:
-        self.layout, self.running, self.form, self.l2 = layout, running, form, l2
-        self.inverses = LayerInverses(form)
+    def __init__(self, layout: JointLayout, running: RunningFactors, inverses: LayerInverses, l2: float = 0.0) -> None:
+        self.layout, self.running, self.inverses, self.l2 = layout, running, inverses, l2
+        self.form = inverses.form
         self.scale: Float[Tensor, ""] | float = 1.0
+
+    def observe(self, estimate: Mapping[str, Factors], usable: Bool[Tensor, ""]) -> None:
+        """Take one estimate of the factors into the averages."""
+        self.inverses.observe(estimate, self.running, usable)
 
     def refresh(self, damping: Float[Tensor, ""]) -> None:
         """New decompositions from the averaged factors."""
