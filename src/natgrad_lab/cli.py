@@ -71,7 +71,7 @@ def root(
 def race(
     task: Annotated[str, typer.Argument(metavar="TASK", help="curves, digits, mnist or faces.")] = "curves",
     optimizers: Annotated[
-        str, typer.Option(metavar="A,B,…", help="Out of kfac, kfac-paper, tonga, adam, nesterov, adamw, sgd.")
+        str, typer.Option(metavar="A,B,…", help="Out of kfac, kfac-paper, kfac-ekfac, tonga, adam, nesterov, adamw, sgd.")
     ] = "kfac,adam,nesterov",
     seconds: Annotated[float, typer.Option(metavar="S", help="Seconds of updates for each optimiser.")] = 55.0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: runs/race-TASK-DATE-TIME.")] = None,
@@ -112,7 +112,7 @@ def race(
 def train(
     task: Annotated[str | None, typer.Argument(metavar="TASK", help="curves, digits, mnist or faces.")] = None,
     optimizer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="kfac, kfac-paper, tonga, adam, nesterov, adamw or sgd.")
+        str | None, typer.Option(metavar="NAME", help="kfac, kfac-paper, kfac-ekfac, tonga, adam, nesterov, adamw or sgd.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: runs/train-TASK-NAME-DATE-TIME.")] = None,
     seconds: Annotated[

@@ -214,6 +214,7 @@ _FAMILY = {"tonga": "TONGA"}
 _FACTORIES: dict[str, Callable[..., Competitor]] = {
     "kfac": _kfac,
     "kfac-paper": _kfac,
+    "kfac-ekfac": _kfac,
     **{name: _family for name in _FAMILY},
     **{name: _first_order for name in _FIRST_ORDER},
 }
