@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # torch takes seconds to import: `natgrad --help` does withou
     from natgrad_lab.data import Task
 
 TASKS = ("curves", "digits", "mnist", "faces")
+# Those of `natgrad_lab.optimizers`, which takes seconds to import; a test compares them.
+OPTIMIZERS = ("kfac", "kfac-paper", "kfac-ekfac", "tonga", "adam", "nesterov", "adamw", "sgd")
 
 
 class Refused(Exception):

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from natgrad_lab import cli_paper
 from natgrad_lab.arguments import (
+    OPTIMIZERS,
     Refused,
     check_positive,
     check_task,
@@ -71,7 +72,7 @@ def root(
 def race(
     task: Annotated[str, typer.Argument(metavar="TASK", help="curves, digits, mnist or faces.")] = "curves",
     optimizers: Annotated[
-        str, typer.Option(metavar="A,B,…", help="Out of kfac, kfac-paper, kfac-ekfac, tonga, adam, nesterov, adamw, sgd.")
+        str, typer.Option(metavar="A,B,…", help=f"Out of {', '.join(OPTIMIZERS)}.")
     ] = "kfac,adam,nesterov",
     seconds: Annotated[float, typer.Option(metavar="S", help="Seconds of updates for each optimiser.")] = 55.0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: runs/race-TASK-DATE-TIME.")] = None,
@@ -111,9 +112,7 @@ def race(
 @app.command()
 def train(
     task: Annotated[str | None, typer.Argument(metavar="TASK", help="curves, digits, mnist or faces.")] = None,
-    optimizer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="kfac, kfac-paper, kfac-ekfac, tonga, adam, nesterov, adamw or sgd.")
-    ] = None,
+    optimizer: Annotated[str | None, typer.Option(metavar="NAME", help=f"One of {', '.join(OPTIMIZERS)}.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: runs/train-TASK-NAME-DATE-TIME.")] = None,
     seconds: Annotated[
         float | None, typer.Option(metavar="S", help="Stop after S seconds of updates. Default: 60.")

@@ -200,3 +200,10 @@ def test_without_arguments_prints_the_help_alone(capsys: pytest.CaptureFixture[s
     assert cli.run([]) == 2
     captured = capsys.readouterr()
     assert "race" in captured.out + captured.err and "natgrad: error" not in captured.err
+
+
+def test_help_names_every_optimizer() -> None:
+    from natgrad_lab.arguments import OPTIMIZERS
+    from natgrad_lab.optimizers import names
+
+    assert sorted(OPTIMIZERS) == sorted(names())
