@@ -84,7 +84,7 @@ def run_recipe(
     else:
         size = "quick" if quick else "full"
         seconds = duration((recipe.quick if quick else recipe.full).seconds)
-        done = f"; {len(run.results)} parts are done" if run.results else ""
+        done = f"; parts done: {len(run.results)}" if run.results else ""
         console.print(escape(f"{recipe.source} {recipe.title}: {size} size, about {seconds}{done}."), soft_wrap=True)
     from natgrad_lab.files import DataError
 
@@ -93,7 +93,7 @@ def run_recipe(
     except DataError as error:
         raise Refused(str(error)) from error
     except KeyboardInterrupt:
-        console.print(f"Stopped; {len(run.results)} parts are kept. The same command goes on.")
+        console.print(f"Stopped; finished parts that are kept: {len(run.results)}. The same command goes on.")
         raise typer.Exit(INTERRUPTED) from None
     _draw(record, folder, console)
 

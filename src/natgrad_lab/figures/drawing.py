@@ -21,7 +21,7 @@ from natgrad_lab.records import replace_text, write_json
 
 QUICK = "quick size: it shows that the recipe runs and is not comparable with the paper"
 COLOURS, MARKERS, INK = SPARE_COLOURS, SPARE_MARKERS, THEMES["light"]
-COLOURS_OF_PNG = 64
+COLOURS_OF_PNG = 128
 
 
 @dataclass
@@ -90,7 +90,7 @@ def write(record: Record, drawing: Drawing, folder: Path) -> list[Path]:
 
 
 def _write_png(figure: Figure, path: Path, record: Record) -> None:
-    """Small: 64 colours are enough for lines and for shades of one colour."""
+    """Small: 128 colours are enough for lines and for shades of one colour."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=figure.get_facecolor())
     image = Image.open(buffer).convert("RGB").quantize(COLOURS_OF_PNG, dither=Image.Dither.NONE)

@@ -1,5 +1,10 @@
 """Figures of Martens & Grosse (2015) [KFAC], from records."""
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from natgrad_lab.figures.drawing import INK, Drawing, canvas, draws, shade
 from natgrad_lab.recipes.run import Record
 
@@ -22,7 +27,74 @@ def figure_2(record: Record) -> Drawing:
     return Drawing({"": figure}, [*training_rows(record), *_error_rows(result)])
 
 
-def white_level(matrix):
+@draws("kfac-fig3")
+def figure_3(record: Record) -> Drawing:
+    """F̃, its inverse, and the means of the inverse's blocks."""
+    found, result = record.tensors("matrices"), record.results["matrices"]
+    figure, axes = canvas(1, 3, width=10.5, height=3.9)
+    for one, (matrix, title) in zip(axes[0], ((found["F̃"], "F̃"), (found["inverse"], "F̃⁻¹, damped")), strict=False):
+        largest = white_level(matrix)
+        shade(one, matrix, f"{title} (white: {largest:.2g})", largest=largest, edges=result["edges"])
+    means = torch.tensor(result["means"])
+    shade(axes[0][2], means, "mean |F̃⁻¹| of each block", largest=means.max().item())
+    for i, row in enumerate(result["means"]):
+        for j, mean in enumerate(row):
+            colour = INK["ink"] if mean > 0.5 * means.max() else INK["ground"]
+            axes[0][2].text(j + 0.5, i + 0.5, f"{mean:.2g}", ha="center", va="center", fontsize=9, color=colour)
+    rows = block_rows(result["means"], "F̃⁻¹,")
+    if "whole" in record.results:
+        rows += block_rows(record.results["whole"]["means"], "all six layers,")
+    return Drawing({"": figure}, [*training_rows(record), *rows])
+
+
+@draws("kfac-fig5")
+def figure_5(record: Record) -> Drawing:
+    """F̃, an approximation, and the absolute difference; a row for each approximation."""
+    return _comparison(record, "")
+
+
+@draws("kfac-fig6")
+def figure_6(record: Record) -> Drawing:
+    """The same for the inverses."""
+    return _comparison(record, "⁻¹")
+
+
+def _comparison(record: Record, power: str) -> Drawing:
+    found, result = record.tensors("matrices"), record.results["matrices"]
+    names = list(record.configuration["structures"])
+    figure, axes = canvas(len(names), 3, width=10.5, height=0.4 + 3.5 * len(names))
+    target = found["F̃"]
+    largest = white_level(target)
+    rows = training_rows(record)
+    for row, name in zip(axes, names, strict=True):
+        pictures = ((target, f"F̃{power}"), (found[name], f"{name}{power}"), (target - found[name], "difference"))
+        for one, (matrix, title) in zip(row, pictures, strict=True):
+            shade(one, matrix, title, largest=largest, edges=result["edges"])
+        errors = result["errors"][name]
+        rows.append((f"‖F̃{power} − {name}{power}‖ / ‖F̃{power}‖", "–", f"{errors['Frobenius error']:.3f}"))
+        means = torch.tensor(errors["means"])
+        size = torch.tensor(result["means"]).diagonal().mean()
+        for what, mean in (
+            ("diagonal", means.diagonal().mean()),
+            ("adjacent", means.diagonal(1).mean()),
+            ("other", torch.cat([means.diagonal(k) for k in range(2, len(means))]).mean()),
+        ):
+            rows.append((f"F̃{power} − {name}{power}, {what} blocks", "–", f"{(mean / size).item():.2g}"))
+    figure.suptitle(f"white: {largest:.2g} and above", color=INK["soft"], fontsize=9)
+    return Drawing({"": figure}, rows)
+
+
+def block_rows(means: list[list[float]], which: str) -> list[tuple[str, str, str]]:
+    """The size of blocks beside the diagonal and farther away, as shares of the diagonal blocks' size."""
+    diagonals = [torch.tensor(means).diagonal(k).mean() for k in range(len(means))]
+    return [
+        (f"{which} block at distance {k} from the diagonal", "–", f"{(mean / diagonals[0]).item():.3f}")
+        for k, mean in enumerate(diagonals)
+        if k
+    ]
+
+
+def white_level(matrix: Tensor) -> float:
     """The value that is shown white."""
     values = matrix.abs().flatten()
     return values.kthvalue(max(1, int(WHITE_QUANTILE * len(values)))).values.item()
@@ -38,7 +110,7 @@ def training_rows(record: Record) -> list[tuple[str, str, str]]:
     ]
 
 
-def _error_rows(result) -> list[tuple[str, str, str]]:
+def _error_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [
         ("sum of |F − F̃| over all pairs", "2894.4", f"{result['total error']:.1f}"),
         ("the same as a share of the sum of |F|", "–", f"{result['total error'] / result['total']:.3f}"),

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from torch import Tensor
+
+from natgrad.linalg.spd import spd_inverse
 from natgrad_lab.recipes.base import Size, recipe
-from natgrad_lab.recipes.kfac_network import network
+from natgrad_lab.recipes.kfac_network import block_means, network
 from natgrad_lab.recipes.run import Run
 
 # Figure 2's network. What the paper leaves open was chosen so that the two errors that it prints come out about: 5 %
@@ -44,5 +47,91 @@ def figure_2(run: Run) -> None:
             "total": exact.abs().sum().item(),
             "Frobenius error": (exact - factored).norm().item() / exact.norm().item(),
         }
+
+    run.part("matrices", matrices)
+
+
+@recipe(
+    "kfac-fig3",
+    title="F̃, its inverse, means of the blocks",
+    source="[KFAC, fig. 3]",
+    full=Size(100, {**NETWORK, "whole": True}),
+    quick=Size(3, {**DIGITS, "whole": False}),
+)
+def figure_3(run: Run) -> None:
+    """F̃ of the middle layers, its damped inverse, and the mean absolute value of each block of the inverse.
+
+    With "whole" also the blocks that belong to the middle layers in the inverse for all six layers.
+    """
+    net = network(run)
+
+    def matrices() -> dict[str, Any]:
+        plain, inverse = net.factored().to_dense(order="vec"), spd_inverse(net.damped(), check=True).value
+        run.save("matrices", {"F̃": plain.float(), "inverse": inverse.float()})
+        return {"size": len(plain), "edges": net.edges(), "means": block_means(inverse, net.edges())}
+
+    run.part("matrices", matrices)
+    if run.configuration["whole"]:
+        run.part("whole", lambda: {"means": _means_within_all_layers(run)})
+
+
+def _means_within_all_layers(run: Run) -> list[list[float]]:
+    """Means of the shown layers' blocks in the inverse of the whole network's F̃."""
+    net = network(run).showing(None)
+    means = block_means(spd_inverse(net.damped(), check=True).value, net.edges())
+    net.showing(run.configuration["shown"])
+    return [[means[i][j] for j in run.configuration["shown"]] for i in run.configuration["shown"]]
+
+
+# F̃ is compared with the approximations whose inverses have these structures, all with the damping of K-FAC's γ.
+APPROXIMATIONS = {"F̆": "block_diagonal"}
+
+
+@recipe(
+    "kfac-fig5",
+    title="F̃ against F̆",
+    source="[KFAC, fig. 5]",
+    full=Size(60, {**NETWORK, "structures": APPROXIMATIONS}),
+    quick=Size(3, DIGITS),
+)
+def figure_5(run: Run) -> None:
+    """F̃ of the middle layers and the matrices whose inverses are block-diagonal and block-tridiagonal."""
+    _compare(run, inverses=False)
+
+
+@recipe(
+    "kfac-fig6",
+    title="the inverses of F̃ and F̆",
+    source="[KFAC, fig. 6]",
+    full=Size(60, {**NETWORK, "structures": APPROXIMATIONS}),
+    quick=Size(3, DIGITS),
+)
+def figure_6(run: Run) -> None:
+    """The inverse of F̃ of the middle layers and its structured approximations."""
+    _compare(run, inverses=True)
+
+
+def _compare(run: Run, *, inverses: bool) -> None:
+    """F̃, damped, against each approximation; for `inverses` the inverse of every matrix in its place."""
+    net = network(run)
+
+    def inverted(matrix: Tensor) -> Tensor:
+        return spd_inverse(matrix, check=True).value
+
+    def matrices() -> dict[str, Any]:
+        factored = net.damped()
+        target = inverted(factored) if inverses else factored
+        saved, errors = {"F̃": target.float()}, {}
+        for name, structure in run.configuration["structures"].items():
+            inverse = net.block_inverse(structure)
+            approximation = inverse if inverses else inverted(inverse)
+            saved[name] = approximation.float()
+            errors[name] = {
+                "Frobenius error": ((target - approximation).norm() / target.norm()).item(),
+                "means": block_means(target - approximation, net.edges()),
+            }
+        run.save("matrices", saved)
+        means = block_means(target, net.edges())
+        return {"size": len(target), "edges": net.edges(), "means": means, "errors": errors}
 
     run.part("matrices", matrices)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import natgrad as ng
+from natgrad.curvature.base import to_dense
 from natgrad.curvature.fisher import KroneckerCurvature
 from natgrad_lab import labelled
 from natgrad_lab.recipes.run import Run
@@ -30,6 +31,12 @@ class Network:
     y: Tensor
     gamma: float
 
+    def showing(self, layers: list[int] | None) -> "Network":
+        """Only these layers (None: all) have gradients from now on."""
+        for i, layer in enumerate(m for m in self.model if isinstance(m, nn.Linear)):
+            layer.requires_grad_(layers is None or i in layers)
+        return self
+
     def fisher(self) -> Float[Tensor, "size size"]:
         """The exact F of the shown layers, order "vec"."""
         return ng.Fisher(self.model, ng.Categorical(), self.x).to_dense(order="vec")
@@ -37,6 +44,24 @@ class Network:
     def factored(self, structure: str = "full") -> KroneckerCurvature:
         """F̃ (or another structure) of the shown layers, with exact expectations."""
         return ng.kronecker_fisher(self.model, ng.Categorical(), self.x, structure=structure)
+
+    def damped(self) -> Float[Tensor, "size size"]:
+        """F̃ with the factored Tikhonov damping of γ on the factors of its diagonal blocks [KFAC, sec. 6.3]."""
+        matrix = self.factored().to_dense(order="vec")
+        start = 0
+        for factors in self.factored("block_diagonal").factors.values():
+            A, G = (to_dense(factor).clone() for factor in (factors.A, factors.G))
+            for factor, added in zip((A, G), ng.FactoredTikhonov().split(A, G, self.gamma**2), strict=True):
+                factor.diagonal().add_(added)
+            block = torch.kron(A, G)
+            stop = start + len(block)
+            matrix[start:stop, start:stop] = block
+            start = stop
+        return matrix
+
+    def block_inverse(self, structure: str) -> Float[Tensor, "size size"]:
+        """The damped inverse of F̆ or F̂, order "vec"."""
+        return self.factored(structure).inverse(self.gamma**2, kind="factored").to_dense(order="vec")
 
     def edges(self) -> list[int]:
         """Where one layer's parameters end and the next one's begin."""
@@ -60,10 +85,14 @@ def network(run: Run) -> Network:
     assert saved is not None  # _train wrote it
     gamma = saved.pop("gamma").item()
     model.load_state_dict(saved)
-    layers = [m for m in model if isinstance(m, nn.Linear)]
-    for i, layer in enumerate(layers):
-        layer.requires_grad_(i in c["shown"])
-    return Network(model, x, y, gamma)
+    return Network(model, x, y, gamma).showing(c["shown"])
+
+
+def block_means(matrix: Float[Tensor, "size size"], edges: list[int]) -> list[list[float]]:
+    """The mean absolute value of each block."""
+    bounds = [0, *edges, len(matrix)]
+    cuts = [slice(i, j) for i, j in zip(bounds, bounds[1:], strict=False)]
+    return [[matrix[rows, columns].abs().mean().item() for columns in cuts] for rows in cuts]
 
 
 def make_model(sizes: list[int], seed: int) -> nn.Sequential:
