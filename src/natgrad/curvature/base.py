@@ -85,7 +85,7 @@ class Statistics:
     """What curvature needs to know of some examples. Chunks, micro-batches and ranks add up: ``s1 + s2``.
 
     Args:
-        layers: sums by clean layer name.
+        layers: sums by clean layer name; of a chain also those of neighbours (:mod:`natgrad.curvature.pairs`).
         examples: N.
         count: the likelihood's normaliser for these examples; N for an empirical estimate.
         additive: whether ``count`` adds up over batches; False where the loss is a plain sum (normaliser "none").

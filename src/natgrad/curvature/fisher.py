@@ -23,7 +23,7 @@ from natgrad.operators.sandwich import check_likelihood
 
 __all__ = ["KroneckerCurvature", "kronecker_fisher"]
 
-STRUCTURES = ("full", "block_diagonal", "ekfac", "input_covariance", "exact_block")
+STRUCTURES = ("full", "block_diagonal", "block_tridiagonal", "ekfac", "input_covariance", "exact_block")
 
 
 def kronecker_fisher(
@@ -47,6 +47,8 @@ def kronecker_fisher(
     layer's output:
 
     - ``"block_diagonal"``: F̆, blocks ``A ⊗ G`` with ``A = E[ā āᵀ]``, ``G = E[g gᵀ]`` [KFAC, sec. 4.2];
+    - ``"block_tridiagonal"``: F̂, whose inverse is block-tridiagonal and which agrees with F̃ on the tridiagonal blocks
+      [KFAC, sec. 4.3]. For chains of layers, each fed by the one before it;
     - ``"full"``: F̃, blocks ``E[ā_i ā_jᵀ] ⊗ E[g_i g_jᵀ]`` for every pair of layers [KFAC, sec. 3];
     - ``"ekfac"``: blocks ``Q diag(S) Qᵀ``, Q the eigenvectors of ``A ⊗ G`` and S the second moments of the per-example
       gradient in that basis (George et al. 2018): nearer to F than F̆. Two passes over x, with the same draws;
@@ -109,8 +111,9 @@ def kronecker_fisher(
             streams.append(generator.get_state())
             if structure == "input_covariance":
                 new = collect_inputs(view, capture, likelihood, batch, y=targets, weight=weights)
-            elif structure in ("block_diagonal", "ekfac"):
-                new = collect(view, capture, likelihood, batch, **given)
+            elif structure in ("block_diagonal", "block_tridiagonal", "ekfac"):
+                chain = structure == "block_tridiagonal"
+                new = collect(view, capture, likelihood, batch, chain=chain, **given)
             else:
                 new = collect_dense(view, capture, likelihood, batch, structure=structure, **given)
             statistics = new if statistics is None else statistics + new

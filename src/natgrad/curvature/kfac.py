@@ -1,6 +1,6 @@
 """Block-diagonal K-FAC: statistics of a batch, factors, inverses of blocks [KFAC, sec. 3, 4.2, 5, 6.3]."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from natgrad.curvature.inverse import (
     eigenbasis,
     invert_block,
 )
+from natgrad.curvature.pairs import PairSums
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.factors import flatten_rows, input_moment, second_moment
 from natgrad.likelihoods import Likelihood, is_plain_sum
@@ -53,10 +54,12 @@ def collect(
     generator: torch.Generator | None = None,
     diagonal_output: bool = True,
     bases: Mapping[str, Eigenbasis] | None = None,
+    chain: bool = False,
 ) -> Statistics:
     """Statistics of one batch, by an eager pass of its own: works with compiled and checkpointed models.
 
-    Buffers and the global random streams are left as they were. Arguments as in :func:`statistics_from`.
+    Buffers and the global random streams are left as they were. Arguments as in :func:`statistics_from`; with
+    ``chain``, its ``order`` is found from the forward pass.
     """
     check_expectation(likelihood, expectation, y, samples)
     batch_size(x)  # refuses an empty batch
@@ -76,6 +79,7 @@ def collect(
             generator=generator,
             diagonal_output=diagonal_output,
             bases=bases,
+            order=record.chain_order(z) if chain else (),
         )
 
 
@@ -94,6 +98,7 @@ def statistics_from(
     diagonal_output: bool = True,
     input_factors: Mapping[str, Tensor] | None = None,
     bases: Mapping[str, Eigenbasis] | None = None,
+    order: Sequence[str] = (),
 ) -> Statistics:
     """Statistics from a forward pass that was recorded, by further backward passes; its graph is kept.
 
@@ -111,9 +116,11 @@ def statistics_from(
             Bernoulli).
         input_factors: A of layers where it is known; their inputs are not summed.
         bases: of layers whose squared per-example gradients are summed too, in that basis.
+        order: the layers of a chain in forward order, whose neighbours' cross factors are wanted too. All factors then
+            come from the same rows and draws: ``diagonal_output`` and ``input_factors`` have no effect.
 
     Raises:
-        ValueError: targets are missing, or the expectation is unknown.
+        ValueError: targets are missing, the expectation is unknown, or neighbours were used on different rows.
         RuntimeError: as :attr:`Record.inputs` and :meth:`Record.output_gradients`.
     """
     check_expectation(likelihood, expectation, targets, samples, name="targets" if rows else "y")
@@ -124,13 +131,13 @@ def statistics_from(
     if rows < batch:
         targets = None if targets is None else select_rows(targets, slice(0, rows))
         weight = weight[:rows] if weight is not None and weight.ndim and weight.shape[0] == batch else weight
-    source = record.source(z) if diagonal_output and expectation != "empirical" else None
+    source = record.source(z) if diagonal_output and not order and expectation != "empirical" else None
     diagonal = fisher_diagonal(likelihood, z_rows, targets, weight) if source is not None else None
     known = (
         {source: flatten_rows(diagonal.expand_as(z_rows)).sum(0)} if source is not None and diagonal is not None else {}
     )
     inputs = record.inputs
-    known_A = input_factors or {}
+    known_A = {} if order or input_factors is None else input_factors
     sums = {
         name: input_sums(layer, inputs.get(name, []), rows, batch, known_A.get(name), outputs=name not in known)
         for name, layer in record.layers.items()
@@ -139,6 +146,10 @@ def statistics_from(
     if bases:
         parts = {name: trainable_parts(record.layers[name]) for name in bases}
         squares = GradientSquares(record, bases, parts, rows, batch)
+    pairs: PairSums | None = None
+    if order:
+        parts = {name: trainable_parts(record.layers[name]) for name in order}
+        pairs = PairSums(record, order, sums, parts, lambda x: leading_examples(x, rows, batch))
     if sums.keys() - known.keys():
         stacks = cotangents(
             likelihood,
@@ -157,6 +168,8 @@ def statistics_from(
                     _add_outputs(sums[name], gradients, rows, batch)
                 if squares is not None:
                     squares.add(found)
+                if pairs is not None:
+                    pairs.add(found)
     for name, vector in known.items():
         sums[name].G = vector.to(sums[name].A.dtype)
         if squares is not None and diagonal is not None:
@@ -164,6 +177,8 @@ def statistics_from(
     if squares is not None:
         for name, total in squares.sums.items():
             sums[name].squares = total
+    if pairs is not None:
+        sums |= pairs.sums
     count: Tensor | float = float(rows)
     if expectation != "empirical":
         count = torch.as_tensor(likelihood.count(z_rows, targets, weight), dtype=z_rows.dtype, device=z.device)

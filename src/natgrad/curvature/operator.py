@@ -11,6 +11,8 @@ from natgrad.curvature.dense import pair_blocks
 from natgrad.curvature.ekfac import EigenBlock
 from natgrad.curvature.input_covariance import input_covariance_factors, input_covariance_inverse
 from natgrad.curvature.inverse import Eigenbasis, FactoredInverse, invert_block
+from natgrad.curvature.pairs import order_of, pair_key
+from natgrad.curvature.tridiagonal import LayerChain
 from natgrad.damping import ExactTikhonov, FactoredTikhonov, check_damping
 from natgrad.layers.coverage import Coverage
 from natgrad.linalg.spd import safe_eigh, spd_inverse
@@ -27,6 +29,8 @@ class KroneckerCurvature(BlockDiagonal):
         factors: per layer its A and G, for "ekfac" also S. For "full" those of the diagonal blocks; empty for
             "exact_block".
         bases: per layer the eigenbasis of A and G, for "ekfac".
+        pairs: for "block_tridiagonal" the cross factors ``E[ā_{i-1} ā_iᵀ]`` and ``E[g_i g_{i+1}ᵀ]`` of neighbours, by
+            the names of the two layers, in forward order.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class KroneckerCurvature(BlockDiagonal):
     ) -> None:
         self.structure = structure
         self.bases = dict(bases or {})
+        self.pairs: dict[tuple[str, str], Factors] = {}
         self._coverage = coverage
         self._alpha = alpha
         self._diagonals = {name: diagonals[name].reshape(-1) for name in coverage.uncovered}
@@ -54,6 +59,12 @@ class KroneckerCurvature(BlockDiagonal):
         elif structure == "exact_block":
             self.factors: dict[str, Factors] = {}
             blocks += [(self._indices[name], Dense(to_dense(f.A) * to_dense(f.G))) for name, f in found.items()]
+        elif structure == "block_tridiagonal":
+            order = order_of(list(found))
+            self.factors = {name: found[name] for name in coverage.layers}
+            self.pairs = {pair: found[pair_key(*pair)] for pair in zip(order, order[1:], strict=False)}
+            self._chain = LayerChain.of(order, [found[name] for name in order], list(self.pairs.values()))
+            blocks.append((torch.cat([self._indices[name] for name in order]), self._chain.fisher()))
         elif structure == "ekfac":
             self.factors = found
             blocks += [(self._indices[n], EigenBlock(self.bases[n], f.S)) for n, f in found.items() if f.S is not None]
@@ -75,7 +86,8 @@ class KroneckerCurvature(BlockDiagonal):
         ======================  =====================================================================
         kind                    block
         ======================  =====================================================================
-        ``"factored"``          ``(A + π γ I)^{-1} ⊗ (G + γ/π I)^{-1}``, γ = √damping [KFAC, eq. 7]
+        ``"factored"``          ``(A + π γ I)^{-1} ⊗ (G + γ/π I)^{-1}``, γ = √damping [KFAC, eq. 7]; for
+                                "block_tridiagonal" F̂^{-1} of the factors damped so [KFAC, sec. 4.3]
         ``"exact"``             ``(block + damping I)^{-1}`` [KFAC, eq. 6]
         ======================  =====================================================================
 
@@ -83,8 +95,9 @@ class KroneckerCurvature(BlockDiagonal):
 
         Args:
             damping: the coefficient of the identity, γ² = λ + η.
-            kind: ``"factored"`` (block_diagonal only, and its default), ``"exact"`` (the default of the others), or
-                an object: ``FactoredTikhonov(pi=...)`` chooses the norm in π.
+            kind: ``"factored"`` (block_diagonal and block_tridiagonal, and their default), ``"exact"`` (all but
+                block_tridiagonal; the default of the others), or an object: ``FactoredTikhonov(pi=...)`` chooses the
+                norm in π.
 
         Raises:
             ValueError: an unknown kind, or one that the structure does not have; a negative damping; the undamped
@@ -96,6 +109,9 @@ class KroneckerCurvature(BlockDiagonal):
         if self.structure in ("full", "exact_block"):
             for index, block in self.blocks[: len(self.blocks) - len(self._diagonals)]:
                 blocks.append((index, Dense(_dense_inverse(block._dense(), damping))))
+        elif self.structure == "block_tridiagonal":
+            assert isinstance(rule, FactoredTikhonov)  # the only one that _rule lets through
+            blocks.append((self.blocks[0][0], self._chain.inverse(damping, rule)))
         elif self.structure == "ekfac":
             for (index, block), name in zip(self.blocks, self.factors, strict=False):
                 assert isinstance(block, EigenBlock)
@@ -116,7 +132,7 @@ class KroneckerCurvature(BlockDiagonal):
         return BlockDiagonal(self.domain, blocks)
 
     def _rule(self, kind: Any) -> FactoredTikhonov | ExactTikhonov:
-        factored = self.structure == "block_diagonal"
+        factored = self.structure in ("block_diagonal", "block_tridiagonal")
         named = {
             None: FactoredTikhonov() if factored else ExactTikhonov(),
             "exact": ExactTikhonov(),
@@ -126,7 +142,15 @@ class KroneckerCurvature(BlockDiagonal):
         if rule is None:
             raise ValueError(f"kind={kind!r}: expected 'factored', 'exact', FactoredTikhonov(...) or ExactTikhonov()")
         if isinstance(rule, FactoredTikhonov) and not factored:
-            raise ValueError(f"kind='factored' is for structure 'block_diagonal'; {self.structure!r} has kind='exact'")
+            raise ValueError(
+                f"kind='factored' is for structure 'block_diagonal' or 'block_tridiagonal'; {self.structure!r} has "
+                "kind='exact'"
+            )
+        if isinstance(rule, ExactTikhonov) and self.structure == "block_tridiagonal":
+            raise ValueError(
+                "kind='exact': F̂ + damping I has no inverse of this form [KFAC, sec. 6.3]; use kind='factored', or "
+                "structure='block_diagonal' for exact damping"
+            )
         return rule
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from natgrad.layers.order import chain_of
+
 
 class _Call(NamedTuple):
     input: Tensor  # detached; shares its version counter with the tensor that the layer received
@@ -58,6 +60,16 @@ class Record:
             if len(calls) == 1 and calls[0].edge == edge and calls[0].output[0] == z.shape:
                 return name
         return None
+
+    def chain_order(self, z: Tensor) -> tuple[str, ...]:
+        """The layers in forward order, where each takes the output of the one before it.
+
+        Raises:
+            ValueError: they do not form a chain; says where.
+        """
+        self.refuse_hidden(z)
+        nodes = {n: [None if call.edge is None else call.edge.node for call in c] for n, c in self._calls.items()}
+        return chain_of(nodes, z)
 
     def output_gradients(
         self, z: Tensor, cotangent: Tensor, retain_graph: bool = True, *, batched: bool = False

@@ -50,3 +50,34 @@ def input_moment(a: Float[Tensor, "... d"], weight: bool = True, bias: bool = Tr
     moment[d, :d] = sums
     moment[d, d] = rows
     return moment
+
+
+def cross_moment(
+    a: Float[Tensor, "... d"],
+    b: Float[Tensor, "... e"],
+    of_a: tuple[bool, bool] = (True, True),
+    of_b: tuple[bool, bool] = (True, True),
+) -> Float[Tensor, "rows_of_a columns"]:
+    r"""``Σ ā b̄ᵀ`` over the rows of two layers' inputs, each with the homogeneous 1 where its layer has a bias.
+
+    As for :func:`input_moment` the columns of ones are never materialised.
+
+    Args:
+        a: inputs of one layer.
+        b: those of another on the same rows.
+        of_a: whether weight and bias of the first layer belong to its block.
+        of_b: likewise for the second.
+    """
+    a, b = flatten_rows(a), flatten_rows(b)
+    rows, d = a.shape
+    e = b.shape[1]
+    moment = a.new_empty(d * of_a[0] + of_a[1], e * of_b[0] + of_b[1])
+    if of_a[0] and of_b[0]:
+        torch.mm(a.T, b, out=moment[:d, :e])
+    if of_a[0] and of_b[1]:
+        moment[:d, -1] = a.sum(0)
+    if of_a[1] and of_b[0]:
+        moment[-1, :e] = b.sum(0)
+    if of_a[1] and of_b[1]:
+        moment[-1, -1] = rows
+    return moment

@@ -154,6 +154,10 @@ class ChainRecord(Record):
         """The last layer: its output is z."""
         return self.chain.names[-1]
 
+    def chain_order(self, z: Tensor) -> tuple[str, ...]:
+        """The layers in forward order."""
+        return self.chain.names
+
     def select(self, rows: Tensor) -> "ChainRecord":
         """The same pass for some of the examples."""
         return ChainRecord(self.chain, {name: a[rows] for name, a in self.layer_inputs.items()})
