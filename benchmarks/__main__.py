@@ -24,11 +24,12 @@ ALL = (
     ["memory"],
     ["fisher-products"],
     ["robustness"],
+    ["search"],
     ["convergence", "curves"],
     ["convergence", "mnist"],
     ["docs"],
 )
-NAMES = ("update-cost", "convergence", "robustness", "memory", "fisher-products", "sweep", "docs")
+NAMES = ("update-cost", "convergence", "robustness", "memory", "fisher-products", "search", "sweep", "docs")
 
 
 class Parser(argparse.ArgumentParser):

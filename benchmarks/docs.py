@@ -7,7 +7,16 @@ from benchmarks.measure import ROOT
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 INTRODUCTION = ROOT / "benchmarks" / "introduction.md"
-ORDER = ("update-cost", "convergence-curves", "convergence-mnist", "robustness", "memory", "fisher-products", "sweep")
+ORDER = (
+    "update-cost",
+    "convergence-curves",
+    "convergence-mnist",
+    "robustness",
+    "memory",
+    "fisher-products",
+    "search",
+    "sweep",
+)
 
 
 def assemble(results: Path) -> str:

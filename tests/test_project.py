@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "src" / "natgrad"
 MAX_LINES = 350
 # The library runs without these. (torch picks NumPy up where it exists, but does not need it.)
-BENCH_ONLY = ("numpy", "scipy", "sklearn", "matplotlib", "typer", "rich")
+BENCH_ONLY = ("numpy", "scipy", "sklearn", "matplotlib", "typer", "rich", "optuna")
 
 
 def python_files(*folders: str) -> list[Path]:
