@@ -24,6 +24,7 @@ from natgrad.optim.kfac import KFAC
 from natgrad.optim.nesterov import NesterovSGD
 from natgrad.optim.preconditioned import Preconditioned
 from natgrad.optim.preconditioner import Preconditioner
+from natgrad.optim.prong import PRONG
 from natgrad.optim.scaling import KLClip
 from natgrad.optim.settings import Damping, Periods, Renewal, StepGuard, Subsets
 from natgrad.optim.tonga import TONGA
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ACP",
     "KFAC",
+    "PRONG",
     "TONGA",
     "Bernoulli",
     "Categorical",

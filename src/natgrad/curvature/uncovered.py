@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.curvature.cotangents import cotangents
+from natgrad.layers.mean_only import MeanOnlyBatchNorm
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import ModelView, batch_size, select_rows
 
@@ -67,6 +68,9 @@ def squared_gradients(
     return dict(zip(names, totals, strict=True))
 
 
+_COUPLING = (nn.modules.batchnorm._BatchNorm, MeanOnlyBatchNorm)
+
+
 def couples_examples(model: nn.Module) -> bool:
     """Whether an example's output depends on the other examples: batch normalisation in training mode."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules())
+    return any(isinstance(module, _COUPLING) and module.training for module in model.modules())

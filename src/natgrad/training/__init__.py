@@ -1,7 +1,8 @@
-"""Training pieces beside the optimisers: batch-size schedule, iterate averaging, sparse initialisation."""
+"""Training pieces beside the optimisers: batch-size schedule, iterate averaging, initialisation, a normalisation."""
 
+from natgrad.layers.mean_only import MeanOnlyBatchNorm
 from natgrad.training.averaging import IterateAverage
 from natgrad.training.initialization import sparse_init_
 from natgrad.training.schedule import ExponentialBatchSize
 
-__all__ = ["ExponentialBatchSize", "IterateAverage", "sparse_init_"]
+__all__ = ["ExponentialBatchSize", "IterateAverage", "MeanOnlyBatchNorm", "sparse_init_"]
