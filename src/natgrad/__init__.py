@@ -4,7 +4,7 @@
 between optimisers and the command line live beside it in `natgrad_lab`.
 """
 
-from natgrad import linalg, training
+from natgrad import diagnostics, linalg, training
 from natgrad.curvature.fisher import kronecker_fisher
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
@@ -62,6 +62,7 @@ __all__ = [
     "StepGuard",
     "Subsets",
     "__version__",
+    "diagnostics",
     "kronecker_fisher",
     "likelihood_of",
     "linalg",

@@ -1,0 +1,24 @@
+"""How good an approximation is, and why: residuals, cumulants, regressions, distances, operation counts."""
+
+from natgrad.diagnostics.cumulants import CumulantReport, PairCumulants, cumulant_report, pair_cumulants
+from natgrad.diagnostics.heskes import HeskesDistance, layerwise_kl
+from natgrad.diagnostics.passes import Pass, exact_pass
+from natgrad.diagnostics.regression import block_means, regression_view
+from natgrad.diagnostics.residuals import Residual, fisher_residuals, layer_sizes, residual
+
+__all__ = [
+    "CumulantReport",
+    "HeskesDistance",
+    "PairCumulants",
+    "Pass",
+    "Residual",
+    "block_means",
+    "cumulant_report",
+    "exact_pass",
+    "fisher_residuals",
+    "layer_sizes",
+    "layerwise_kl",
+    "pair_cumulants",
+    "regression_view",
+    "residual",
+]
