@@ -2,6 +2,7 @@
 
 from natgrad.diagnostics.cumulants import CumulantReport, PairCumulants, cumulant_report, pair_cumulants
 from natgrad.diagnostics.heskes import HeskesDistance, layerwise_kl
+from natgrad.diagnostics.operations import Operations, kfac_operations, paper_coefficients
 from natgrad.diagnostics.passes import Pass, exact_pass
 from natgrad.diagnostics.regression import block_means, regression_view
 from natgrad.diagnostics.residuals import Residual, fisher_residuals, layer_sizes, residual
@@ -9,6 +10,7 @@ from natgrad.diagnostics.residuals import Residual, fisher_residuals, layer_size
 __all__ = [
     "CumulantReport",
     "HeskesDistance",
+    "Operations",
     "PairCumulants",
     "Pass",
     "Residual",
@@ -16,9 +18,11 @@ __all__ = [
     "cumulant_report",
     "exact_pass",
     "fisher_residuals",
+    "kfac_operations",
     "layer_sizes",
     "layerwise_kl",
     "pair_cumulants",
+    "paper_coefficients",
     "regression_view",
     "residual",
 ]

@@ -20,7 +20,7 @@ def check_structure(structure: str, known: Sequence[str], optimiser: str) -> Non
 
 
 def damping_for(structure: str, damping: float | Damping | None) -> Damping:
-    """K-FAC's damping: EKFAC has the exact form alone, and then γ = √(λ + η) unless a :class:`Damping` says otherwise.
+    """K-FAC's damping; EKFAC has the exact form alone.
 
     Raises:
         ValueError: a factored form that EKFAC does not have was asked for.
@@ -30,8 +30,7 @@ def damping_for(structure: str, damping: float | Damping | None) -> Damping:
         return given
     if isinstance(given.form, FactoredTikhonov) and given.form != FactoredTikhonov():
         raise ValueError(f"damping.form={given.form}: structure='ekfac' has ExactTikhonov() alone; leave form out")
-    ratio = given.ratio if isinstance(damping, Damping) else 1.0
-    return replace(given, form=ExactTikhonov(), ratio=ratio)
+    return replace(given, form=ExactTikhonov())
 
 
 def form_for(structure: str, form: Tikhonov | None) -> Tikhonov:
