@@ -23,13 +23,24 @@ ALL = (
     ["update-cost"],
     ["memory"],
     ["fisher-products"],
+    ["operations"],
     ["robustness"],
     ["search"],
     ["convergence", "curves"],
     ["convergence", "mnist"],
     ["docs"],
 )
-NAMES = ("update-cost", "convergence", "robustness", "memory", "fisher-products", "search", "sweep", "docs")
+NAMES = (
+    "update-cost",
+    "convergence",
+    "robustness",
+    "memory",
+    "fisher-products",
+    "operations",
+    "search",
+    "sweep",
+    "docs",
+)
 
 
 class Parser(argparse.ArgumentParser):

@@ -14,6 +14,7 @@ ORDER = (
     "robustness",
     "memory",
     "fisher-products",
+    "operations",
     "search",
     "sweep",
 )

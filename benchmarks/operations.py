@@ -6,6 +6,7 @@ has above the counted one is passes over memory, sampling, and products that run
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 import natgrad as ng
 from benchmarks.measure import enter, in_turns, load_all, positive, say
 from benchmarks.report import save, table
-from benchmarks.update_cost import PERIODS, WARM_UP, first_order, torch_sgd, turns
+from benchmarks.update_cost import PERIODS, WARM_UP, first_order, period_of, torch_sgd, turns
 from natgrad.diagnostics import Operations, kfac_operations
 from natgrad_lab.optimizers import check_name
 
@@ -47,7 +48,8 @@ def measure(task: Any, m: int, names: list[str], *, blocks: int = 3) -> tuple[di
     """Counted and measured ratios by optimiser, and the settings of the first."""
     entered = {name: enter(name, task) for name in names}
     steps = {name: competitor.step for name, competitor in entered.items()}
-    timed, _ = turns(task, m, {**steps, "sgd": first_order(task, torch_sgd)}, entered[names[0]].optimizer)
+    period = math.lcm(*(period_of(competitor.optimizer) for competitor in entered.values()))
+    timed = turns(task, m, {**steps, "sgd": first_order(task, torch_sgd)}, period)
     in_turns(timed, WARM_UP)
     ratios: dict[str, list[float]] = {name: [] for name in names}
     for number in range(blocks):

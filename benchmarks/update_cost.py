@@ -9,7 +9,7 @@ the CPU-seconds of a block of turns; the table has the median of the blocks and 
 import argparse
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,30 +74,18 @@ def by_hand(model: nn.Module) -> Callable[[], object]:
 def measure(task: Any, m: int, *, blocks: int = 5) -> tuple[dict[str, Any], dict[str, Any]]:
     """CPU-seconds of one update of each, their ratios by block, and the settings of K-FAC."""
     kfac = enter("kfac", task)
-    period = _period(kfac.optimizer)
+    period = period_of(kfac.optimizer)
     steps: dict[str, Step] = {
         "kfac": kfac.step,
         "sgd": first_order(task, torch_sgd),
         "nesterov": enter("nesterov", task).step,
         "by hand": first_order(task, by_hand),
     }
-    batches = Batches(len(task.x_train), seed=0)
-
-    def turn(step: Step) -> Callable[[], float]:
-        def several() -> float:
-            seconds = 0.0
-            for _ in range(period):
-                x = task.x_train[batches.next(m)]
-                seconds += cpu_seconds(lambda x=x: step(x, x))
-            return seconds / period
-
-        return several
-
-    turns = {name: turn(step) for name, step in steps.items()}
-    in_turns(turns, WARM_UP)
+    timed = turns(task, m, steps, period)
+    in_turns(timed, WARM_UP)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(blocks):
-        for name, values in in_turns(turns, PERIODS).items():
+        for name, values in in_turns(timed, PERIODS).items():
             seconds[name].append(statistics.mean(values))
         say(f"  {task.name}, m = {m}: block {number + 1} of {blocks}, K-FAC {seconds['kfac'][-1]:.3f} s")
     row = {
@@ -111,7 +99,24 @@ def measure(task: Any, m: int, *, blocks: int = 5) -> tuple[dict[str, Any], dict
     return row, kfac.settings
 
 
-def _period(optimizer: Any) -> int:
+def turns(task: Any, m: int, steps: Mapping[str, Step], period: int) -> dict[str, Callable[[], float]]:
+    """Per optimiser, what makes a turn of `period` updates on fresh rows and returns CPU-seconds per update."""
+    batches = Batches(len(task.x_train), seed=0)
+
+    def turn(step: Step) -> Callable[[], float]:
+        def several() -> float:
+            seconds = 0.0
+            for _ in range(period):
+                x = task.x_train[batches.next(m)]
+                seconds += cpu_seconds(lambda x=x: step(x, x))
+            return seconds / period
+
+        return several
+
+    return {name: turn(step) for name, step in steps.items()}
+
+
+def period_of(optimizer: Any) -> int:
     """Updates after which all of K-FAC's work has come round: T₃, T₁ and, if it has a γ rule, T₂."""
     rules = (optimizer.damping.rule, optimizer.damping.gamma)
     return math.lcm(optimizer.periods.inverses, *(rule.every for rule in rules if rule is not None))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import convergence, docs, fisher_products, memory, report, robustness, sweep, update_cost
+from benchmarks import convergence, docs, fisher_products, memory, operations, report, robustness, sweep, update_cost
 from benchmarks.__main__ import NAMES, run
 from benchmarks.measure import enter, first_at, median, ratio, run_cpu
 from natgrad_lab import data
@@ -138,6 +138,17 @@ def test_an_accepted_update_that_raises_the_loss_is_seen(digits):
 def test_the_best_constant_is_the_mean_image(digits):
     x = digits.x_train
     assert robustness.constant_error(digits) == pytest.approx(float(x.var(dim=0, correction=0).sum()), rel=1e-5)
+
+
+def test_operations_are_counted_beside_measured_time(digits):
+    row, settings = operations.measure(digits, 64, ["kfac", "kfac-ekfac"], blocks=1)
+    lines = well_formed(operations.operations_table([row]))
+    assert lines[-1][0] == "measured" and lines[-2][0] == "counted, all"
+    kfac: Any = enter("kfac", digits).optimizer
+    assert row["kfac"]["ratio counted"] == pytest.approx(operations.counted(kfac, 64).ratio)
+    assert 1 < row["kfac"]["ratio counted"] < row["kfac-ekfac"]["ratio counted"] < 20
+    assert all(r > 0 for name in ("kfac", "kfac-ekfac") for r in row[name]["ratio measured"])
+    assert "damping" in settings["in force"]
 
 
 def test_update_cost_covers_whole_periods(digits):

@@ -107,7 +107,7 @@ class KFAC(torch.optim.Optimizer):
         view = ModelView(model, forward)
         self._coverage = cover(view, uncovered=uncovered)
         super().__init__(list(view.parameters.items()), {"lr": lr})
-        self.view, self.likelihood = view, likelihood
+        self.view, self.likelihood, self.structure = view, likelihood, structure
         self.l2, self.momentum, self.decay = l2, momentum, decay
         self.subsets, self.periods, self.guard = subsets, periods, guard
         self.layout = JointLayout(view, self._coverage)
