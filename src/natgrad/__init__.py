@@ -20,7 +20,9 @@ from natgrad.operators.autodiff import (
 )
 from natgrad.optim.acp import ACP
 from natgrad.optim.centered import CenteredSGD
+from natgrad.optim.hessian_free import HessianFree
 from natgrad.optim.kfac import KFAC
+from natgrad.optim.krylov_descent import KrylovDescent
 from natgrad.optim.nesterov import NesterovSGD
 from natgrad.optim.preconditioned import Preconditioned
 from natgrad.optim.preconditioner import Preconditioner
@@ -49,8 +51,10 @@ __all__ = [
     "GradientCovariance",
     "GreedyGamma",
     "Hessian",
+    "HessianFree",
     "Jacobian",
     "KLClip",
+    "KrylovDescent",
     "LevenbergMarquardt",
     "Likelihood",
     "NesterovSGD",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: `natgrad --help` does withou
 
 TASKS = ("curves", "digits", "mnist", "faces")
 # Those of `natgrad_lab.optimizers`, which takes seconds to import; a test compares them.
-OPTIMIZERS = ("kfac", "kfac-paper", "kfac-ekfac", "tonga", "adam", "nesterov", "adamw", "sgd")
+OPTIMIZERS = ("kfac", "kfac-paper", "kfac-ekfac", "hessian-free", "krylov", "tonga", "adam", "nesterov", "adamw", "sgd")
 
 
 class Refused(Exception):

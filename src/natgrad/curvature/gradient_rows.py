@@ -56,6 +56,19 @@ class LinearRows:
         out = nn.functional.linear(self.a, v[self.weight], None if self.bias is None else v[self.bias])
         return (out * self.g).sum((1, 2))
 
+    def squares(self) -> dict[str, Tensor]:
+        """The sums of the squares of every element, by parameter."""
+        if self.a.shape[1] == 1:  # (g aᵀ)² = g² (a²)ᵀ
+            a, g = self.a[:, 0], self.g[:, 0]
+            weight = g.square().T @ a.square()
+        else:
+            weight = torch.einsum("nto,nti->noi", self.g, self.a).square().sum(0)
+        return (
+            {self.weight: weight}
+            if self.bias is None
+            else {self.weight: weight, self.bias: self.g.sum(1).square().sum(0)}
+        )
+
     def tensors(self) -> "list[RowBlock]":
         """The same rows, weight and bias apart."""
         apart: list[RowBlock] = [replace(self, bias=None)]
@@ -102,6 +115,10 @@ class TensorRows:
         """``R v`` for a vector by parameter."""
         return self.rows @ v[self.name].reshape(-1)
 
+    def squares(self) -> dict[str, Tensor]:
+        """The sums of the squares of every element, by parameter."""
+        return {self.name: self.rows.square().sum(0).view(*self.shape)}
+
     def tensors(self) -> "list[RowBlock]":
         """Itself."""
         return [self]
@@ -139,6 +156,13 @@ class GradientRows:
         found: dict[str, Tensor] = {}
         for block in self.blocks:
             found |= block.combine(c)
+        return self.view.to_vector(found)
+
+    def squares(self) -> Float[Tensor, " P"]:
+        """The sum over the examples of the square of every element of the gradient: n times the diagonal of U."""
+        found: dict[str, Tensor] = {}
+        for block in self.blocks:
+            found |= block.squares()
         return self.view.to_vector(found)
 
     def project(self, v: Mapping[str, Tensor]) -> Float[Tensor, " n"]:

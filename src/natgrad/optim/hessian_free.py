@@ -1,0 +1,223 @@
+"""Hessian-free optimisation: truncated Newton on the Gauss-Newton matrix.
+
+J. Martens, "Deep learning via Hessian-free optimization", ICML 2010; as an implementation of the natural gradient
+[NATGRAD, sec. 7].
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from natgrad.curvature.per_example import PerExampleGradients
+from natgrad.damping_rules import LevenbergMarquardt
+from natgrad.likelihoods import Likelihood
+from natgrad.linalg import Solution, cg, geometric_indices
+from natgrad.model_view import Forward
+from natgrad.operators.gradient_moments import check_examples_apart
+from natgrad.optim.inner_solve import DiagonalPreconditioner, InnerSolve, LineSearch
+from natgrad.optim.objective import Curvature, DampedCurvature, Objective, check_curvature, share_of
+from natgrad.optim.stats import Stats
+from natgrad.optim.whole_model import WholeModelOptimizer
+from natgrad.quadratic import reduction_ratio
+
+
+class HessianFree(WholeModelOptimizer):
+    r"""Steps ``lr α δ`` with ``δ ≈ −(G + (λ + η) I)^{-1} ∇h`` by conjugate gradients (Martens 2010).
+
+    ``h`` is the mean loss plus ``η/2 ‖θ‖²``. The solver starts from the step before and stops where the quadratic model
+    M hardly falls any more; of the iterates that it stored, the last one from which going back does not lower h is
+    taken; a line search chooses α; and λ follows the Levenberg-Marquardt rule. With ``curvature="metric"`` it is the
+    natural gradient: for matching losses the two matrices, and the steps, are the same [NATGRAD, sec. 7, eqs. 14-21].
+
+    Args:
+        model: any module.
+        likelihood: p(y|z); its ``nll`` is the loss.
+        lr: multiplies the step.
+        curvature: G: "gauss_newton" (``Jᵀ (∂²nll/∂z²) J``) or "metric" (the Fisher matrix, exact in y).
+        damping: λ at the first update; None for ``start`` times the curvature along the first gradient.
+        start: see ``damping``.
+        rule: of λ, or None to keep it.
+        l2: η.
+        share: the share of a batch's examples, chosen at random, on which G is estimated; gradient, h and the line
+            search always take all.
+        solve: settings of the solver.
+        search: the line search, or None to take α = 1 always.
+        seed: of the choice of examples.
+        forward: ``forward(model, inputs) → z`` where the default call convention does not fit.
+
+    Attributes:
+        stats: of the last update: loss, rho, lambda, iterations (of the solver), taken (the iterate), reason (why the
+            solver stopped), alpha, step_norm, accepted; skipped, rejected and updates in all.
+
+    Raises:
+        ValueError: a setting out of range.
+        TypeError: the likelihood lacks a method.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        lr: float = 1.0,
+        curvature: Curvature = "gauss_newton",
+        damping: float | None = None,
+        start: float = 0.1,
+        rule: LevenbergMarquardt | None = LevenbergMarquardt(every=1, decay=2 / 3),
+        l2: float = 0.0,
+        share: float = 1.0,
+        solve: InnerSolve = InnerSolve(),
+        search: LineSearch | None = LineSearch(),
+        seed: int = 0,
+        forward: Forward | None = None,
+    ) -> None:
+        check_curvature(curvature)
+        if damping is not None and not 0 <= damping < math.inf:
+            raise ValueError(f"damping={damping}: λ must be a non-negative number, or None for the first batch's")
+        if not 0 < start < math.inf:
+            raise ValueError(f"start={start}: expected a positive number, the part of the first curvature that is λ")
+        if not 0 <= l2 < math.inf:
+            raise ValueError(f"l2={l2}: expected a non-negative number")
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share}: expected a number above 0 and up to 1")
+        super().__init__(model, likelihood, lr=lr, seed=seed, forward=forward)
+        self.curvature, self.start, self.rule, self.l2, self.share = curvature, start, rule, l2, share
+        self.solve, self.search = solve, search
+        self._collect = PerExampleGradients(self.view) if solve.exponent else None
+        self._lam = self._scalar(math.nan if damping is None else damping)
+        self._previous = torch.zeros(self.view.num_parameters, dtype=self.view.dtype, device=self.view.device)
+        self._counts["rejected"] = self._scalar()
+
+    def _vectors(self) -> dict[str, Tensor]:
+        return {"previous": self._previous}
+
+    def _numbers(self) -> dict[str, Tensor]:
+        return {"lambda": self._lam}
+
+    @torch.no_grad()
+    def step(  # pyrefly: ignore[bad-override] - evaluates the model itself
+        self,
+        inputs: Any = None,
+        targets: Any = None,
+        micro_batch_size: int | None = None,
+        closure: Any = None,
+        *,
+        curvature_batch: tuple[Any, Any] | None = None,
+    ) -> Float[Tensor, ""] | None:
+        """Evaluate a batch and update the parameters.
+
+        Args:
+            inputs: one batch; or, with ``targets=None``, an iterable of (inputs, targets) micro-batches.
+            targets: what the likelihood compares z with.
+            micro_batch_size: evaluate at most so many examples at a time.
+            closure: not supported.
+            curvature_batch: (inputs, targets) on which G is estimated, in place of a share of this batch.
+
+        Returns:
+            the loss before the update, without the l2 term: a 0-d tensor. Where it or the gradient is not finite, the
+            batch is skipped and counted in ``stats["skipped"]``; where the solver or the line search found no step,
+            the parameters stay and ``stats["rejected"]`` counts it.
+
+        Raises:
+            TypeError: a closure is given.
+            ValueError: inputs or targets that do not fit.
+        """
+        batches = self._batches(inputs, targets, micro_batch_size, closure)
+        if batches is None:
+            return None
+        other = None if curvature_batch is None else self._batches(*curvature_batch, micro_batch_size, None)
+        if self._collect is not None:
+            check_examples_apart(
+                self.view, "the preconditioner of single gradients (InnerSolve(exponent=0) does without)"
+            )
+        objective = Objective(self.view, self.likelihood, batches, self.l2)
+        loss, gradient, finite = self._first(objective)
+        report: dict[str, Any] = {"loss": loss, "accepted": False, "reason": "non_finite", "step_norm": 0.0}
+        if finite and not bool(gradient.any()):
+            report["reason"] = "zero_gradient"
+        elif finite:
+            chosen = other or share_of(batches, self.share, self._generator)[0]
+            report |= self._update(objective, chosen, loss, gradient)
+        self.stats = Stats({**report, "lambda": self._lam, **self._counts, "updates": self._update_number})
+        return loss.to(gradient.dtype)
+
+    def _update(
+        self, objective: Objective, chosen: list[tuple[Any, Any]], loss: Tensor, gradient: Float[Tensor, " P"]
+    ) -> dict[str, Any]:
+        """From the gradient to new parameters and λ; returns what there is to report."""
+        before = loss + objective.penalty()
+        damped = DampedCurvature(self.view, self.likelihood, chosen, self.curvature)
+        if self._lam.isnan():
+            along = torch.dot(gradient, damped.curvature(gradient[:, None])[:, 0]) / torch.dot(gradient, gradient)
+            self._lam.copy_(torch.where(along > 0, self.start * along, 1.0))
+        damped.damping = (self._lam + self.l2).to(gradient.dtype)
+        solution = self._solved(damped, gradient, chosen)
+        taken, after = self._best_iterate(objective, solution)
+        step = solution.iterates[taken] if solution.iterates else solution.x
+        # M(δ) − M(0) of the iterate that was taken is known from the solver's own recurrence
+        rho = reduction_ratio(after - before, solution.model_values[taken].to(after.dtype))
+        slope = float(torch.dot(gradient, step))
+        alpha, reached = 1.0, float(after)
+        usable = solution.reason not in ("non_finite", "indefinite_preconditioner") and slope < 0
+        if usable and self.search is not None:
+            alpha, reached = self.search(lambda scale: float(objective.at(step * scale)), float(before), reached, slope)
+        accepted = usable and alpha > 0 and math.isfinite(reached)
+        if not usable or math.isnan(float(rho)):
+            rho = torch.full_like(rho, -math.inf)
+        if self.rule is not None and self._update_number % self.rule.every == 0:
+            self._lam.copy_(self.rule(self._lam, rho.to(self._lam.dtype)))
+        self._counts["rejected"] += float(not accepted)
+        if accepted:
+            self._previous.copy_(solution.x)
+            self._add(step * alpha)
+        else:
+            self._previous.zero_()
+        return {
+            "rho": rho,
+            "iterations": solution.iterations,
+            "taken": taken,
+            "reason": solution.reason,
+            "alpha": alpha if accepted else 0.0,
+            "step_norm": torch.linalg.vector_norm(step) * alpha if accepted else 0.0,
+            "accepted": accepted,
+        }
+
+    def _solved(
+        self, damped: DampedCurvature, gradient: Float[Tensor, " P"], chosen: list[tuple[Any, Any]]
+    ) -> Solution:
+        """The solver's answer to ``(G + (λ + η) I) δ = −∇h``."""
+        settings = self.solve
+        preconditioner = None
+        if self._collect is not None:
+            with self.view.snapshot():
+                diagonal = DiagonalPreconditioner(self._collect, self.likelihood, chosen)
+            floor = torch.clamp(self._lam + self.l2, min=torch.finfo(gradient.dtype).eps * diagonal.diagonal.max())
+            preconditioner = diagonal.inverse(floor, settings.exponent)
+        x0 = None
+        if settings.warm_start and bool(self._previous.any()):
+            x0 = self._previous * settings.warm_start
+        return cg(
+            damped,
+            -gradient,
+            tol=1e-10 if gradient.dtype == torch.float64 else 1e-6,
+            max_iters=settings.max_iters,
+            preconditioner=preconditioner,
+            x0=x0,
+            stop=() if settings.progress is None else settings.progress,
+            store=() if settings.store is None else geometric_indices(settings.max_iters, settings.store),
+        )
+
+    def _best_iterate(self, objective: Objective, solution: Solution) -> tuple[int, Float[Tensor, ""]]:
+        """The last stored iterate from which going back does not lower h [Martens 2010, sec. 4.6], and h there."""
+        stored = sorted(solution.iterates)
+        best = stored[-1] if stored else solution.iterations
+        value = objective.at(solution.iterates[best] if stored else solution.x)
+        for i in reversed(stored[:-1]):
+            earlier = objective.at(solution.iterates[i])
+            if not (earlier < value) and bool(torch.isfinite(value)):
+                break
+            best, value = i, earlier
+        return best, value
