@@ -153,8 +153,7 @@ def deterministic_ratio(p: float) -> float:
     if not 0 < p < 1:
         raise ValueError(f"p={p}: expected a probability between 0 and 1")
     model = nn.utils.skip_init(nn.Linear, 1, 1, bias=False, dtype=torch.float64)
-    with torch.no_grad():
-        model.weight.fill_(torch.logit(torch.tensor(p, dtype=torch.float64)))
+    nn.utils.vector_to_parameters(torch.logit(torch.tensor([p], dtype=torch.float64)), model.parameters())
     x = torch.ones(4, 1, dtype=torch.float64)
     found = compare(model, Bernoulli(), x, torch.ones_like(x))
     return float(found.of_u[0] / found.of_g[0])
