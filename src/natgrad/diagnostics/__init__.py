@@ -4,6 +4,7 @@ from natgrad.diagnostics.cumulants import CumulantReport, PairCumulants, cumulan
 from natgrad.diagnostics.heskes import HeskesDistance, layerwise_kl
 from natgrad.diagnostics.operations import Operations, kfac_operations, paper_coefficients
 from natgrad.diagnostics.passes import Pass, exact_pass
+from natgrad.diagnostics.piecewise_linear import PiecewiseLinearHessian, piecewise_linear_hessian
 from natgrad.diagnostics.regression import block_means, regression_view
 from natgrad.diagnostics.residuals import Residual, fisher_residuals, layer_sizes, residual
 
@@ -13,6 +14,7 @@ __all__ = [
     "Operations",
     "PairCumulants",
     "Pass",
+    "PiecewiseLinearHessian",
     "Residual",
     "block_means",
     "cumulant_report",
@@ -23,6 +25,7 @@ __all__ = [
     "layerwise_kl",
     "pair_cumulants",
     "paper_coefficients",
+    "piecewise_linear_hessian",
     "regression_view",
     "residual",
 ]

@@ -1,5 +1,15 @@
 """Plain mathematics on tensors; no model in sight."""
 
+from natgrad.linalg.bilinear import (
+    bilinear_gradient,
+    bilinear_hessian,
+    bilinear_newton_step,
+    convolution_tiling,
+    distributed_inverse,
+    kronecker_approximation,
+    summed_hessian,
+    tied_hessian,
+)
 from natgrad.linalg.cg import cg
 from natgrad.linalg.krylov import (
     Progress,
@@ -20,10 +30,18 @@ __all__ = [
     "RelativeResidual",
     "Solution",
     "StoppingRule",
+    "bilinear_gradient",
+    "bilinear_hessian",
+    "bilinear_newton_step",
     "cg",
+    "convolution_tiling",
+    "distributed_inverse",
     "geometric_indices",
+    "kronecker_approximation",
     "minres_qlp",
     "safe_cholesky",
     "safe_eigh",
     "spd_inverse",
+    "summed_hessian",
+    "tied_hessian",
 ]
