@@ -4,10 +4,11 @@
 between optimisers and the command line live beside it in `natgrad_lab`.
 """
 
-from natgrad import diagnostics, linalg, training
+from natgrad import diagnostics, layers, linalg, training
 from natgrad.curvature.fisher import kronecker_fisher
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
+from natgrad.layers import register_layer
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from natgrad.losses import likelihood_of
 from natgrad.operators.autodiff import (
@@ -68,7 +69,9 @@ __all__ = [
     "__version__",
     "diagnostics",
     "kronecker_fisher",
+    "layers",
     "likelihood_of",
+    "register_layer",
     "linalg",
     "training",
 ]

@@ -67,12 +67,12 @@ def pi(A: Tensor, G: Tensor, norm: PiNorm = "trace") -> Float[Tensor, ""]:
     - one: 1.
 
     Args:
-        A: symmetric positive semi-definite, or a vector that stands for a diagonal matrix.
+        A: symmetric positive semi-definite, or a vector that stands for a diagonal matrix; or a stack of matrices.
         G: likewise.
         norm: the norm ν.
 
     Returns:
-        a 0-d tensor; 1 where a factor is zero, for then no ratio balances them.
+        a 0-d tensor, for a stack one of each; 1 where a factor is zero, for then no ratio balances them.
     """
     if norm == "one":
         return torch.ones((), dtype=A.dtype, device=A.device)
@@ -93,9 +93,9 @@ def check_damping(damping: float | Tensor) -> None:
 
 def _scaled_norm(M: Tensor, norm: str) -> Float[Tensor, ""]:
     """‖M ⊗ I‖_ν up to the factor that both sides share."""
-    diagonal = M if M.ndim == 1 else M.diagonal()
+    diagonal = M if M.ndim == 1 else M.diagonal(dim1=-2, dim2=-1)
     if norm == "trace":
-        return diagonal.mean()
+        return diagonal.mean(-1)
     if norm == "frobenius":
-        return M.square().sum().sqrt() / M.shape[0] ** 0.5
-    return M.max() if M.ndim == 1 else safe_eigh(M).values[-1]
+        return (M if M.ndim == 1 else M.flatten(-2)).square().sum(-1).sqrt() / M.shape[-1] ** 0.5
+    return M.max() if M.ndim == 1 else safe_eigh(M).values[..., -1]

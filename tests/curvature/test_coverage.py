@@ -20,25 +20,43 @@ def normed():
     return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double()
 
 
+def bilinear():
+    """A kind without a rule between two linear layers."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.mixed, self.last = nn.Linear(3, 4), nn.Bilinear(4, 4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(self.mixed(x, x))
+
+    return Model().double()
+
+
 def test_uncovered_parameters_are_named():
-    with pytest.raises(ValueError, match=r"1\.weight \(LayerNorm\), 1\.bias \(LayerNorm\).*uncovered='identity'"):
-        kronecker_fisher(normed(), Gaussian(), draw(5, 3))
+    with pytest.raises(ValueError, match=r"mixed\.weight \(Bilinear\), mixed\.bias \(Bil.*uncovered='identity'"):
+        kronecker_fisher(bilinear(), Gaussian(), draw(5, 3))
+    with pytest.raises(ValueError, match=r"1\.weight \(LayerNorm, which structure 'full' does not cover\)"):
+        kronecker_fisher(normed(), Gaussian(), draw(5, 3), structure="full")
     with pytest.raises(ValueError, match="uncovered='no'"):
         kronecker_fisher(normed(), Gaussian(), draw(5, 3), uncovered="no")
 
 
 @pytest.mark.parametrize("structure", ["block_diagonal", "full", "exact_block", "input_covariance"])
 def test_identity_block(structure):
-    model, x = normed(), draw(5, 3)
+    model, x = bilinear(), draw(5, 3)
     k = kronecker_fisher(model, Gaussian(), x, structure=structure, uncovered="identity")
     dense = k.to_dense()
-    block = slice(16, 24)  # after 4 x 3 weights and 4 biases of the first layer
-    torch.testing.assert_close(dense[block, block], torch.eye(8, dtype=torch.float64))
-    assert dense[block, :16].abs().max() == 0 == dense[block, 24:].abs().max()
+    block = slice(16, 84)  # after 4 x 3 weights and 4 biases of the first layer
+    torch.testing.assert_close(dense[block, block], torch.eye(68, dtype=torch.float64))
+    assert dense[block, :16].abs().max() == 0 == dense[block, 84:].abs().max()
     inverse = k.inverse(0.25, kind="exact").to_dense()
     torch.testing.assert_close(inverse, torch.linalg.inv(dense + 0.25 * torch.eye(len(dense), dtype=torch.float64)))
     vec = k.to_dense(order="vec")
-    torch.testing.assert_close(vec[-8:, -8:], torch.eye(8, dtype=torch.float64))
+    torch.testing.assert_close(vec[-68:, -68:], torch.eye(68, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("expectation", ["exact", "empirical"])
@@ -77,13 +95,12 @@ def test_diagonal_of_a_batch_normalised_model():
 
 
 def test_table():
-    model = normed()
-    text = str(kronecker_fisher(model, Gaussian(), draw(5, 3), uncovered="identity").coverage())
+    text = str(kronecker_fisher(bilinear(), Gaussian(), draw(5, 3), uncovered="identity").coverage())
     lines = [line.split() for line in text.splitlines()]
-    assert lines[0] == ["0", "Kronecker", "4", "x", "4", "16"]
-    assert lines[1] == ["2", "Kronecker", "5", "x", "2", "10"]
-    assert lines[2] == ["1.weight", "identity", "(LayerNorm)", "4"]
-    assert lines[-1] == ["total", "26", "covered,", "8", "not", "34"]
+    assert lines[0] == ["first", "Kronecker", "4", "x", "4", "16"]
+    assert lines[1] == ["last", "Kronecker", "5", "x", "2", "10"]
+    assert lines[2] == ["mixed.weight", "identity", "(Bilinear)", "64"]
+    assert lines[-1] == ["total", "26", "covered,", "68", "not", "94"]
 
 
 @pytest.mark.parametrize("structure", ["block_diagonal", "full", "exact_block"])
@@ -142,7 +159,11 @@ def test_what_looks_like_a_covered_layer_and_is_not():
         def forward(self, x):
             return super().forward(x) * 2
 
-    attention = nn.MultiheadAttention(4, 2)
+    class Attention(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x)[0] * 2
+
+    attention = Attention(4, 2)
     found = cover(ModelView(nn.ModuleDict({"own": Own(2, 2), "attention": attention})), uncovered="identity")
     assert not found.layers
     assert found.reasons["own.weight"] == "Own with a forward of its own"

@@ -38,19 +38,22 @@ class Diagonal:
 class Factors:
     """The Kronecker factors of one layer's block ``A ⊗ G``; either may be :class:`Diagonal`.
 
+    A grouped layer has a stack of blocks: both factors then have a leading dimension, and so has the matrix they act
+    on.
+
     Args:
         A: ``[in (+1), in (+1)]``; the homogeneous coordinate is the last.
         G: ``[out, out]``.
         S: second moments of the gradient in the eigenbasis of A and G (see :mod:`natgrad.curvature.ekfac`), or None.
     """
 
-    A: Float[Tensor, "columns columns"] | Diagonal
-    G: Float[Tensor, "out out"] | Diagonal
+    A: Float[Tensor, "*stack columns columns"] | Diagonal
+    G: Float[Tensor, "*stack out out"] | Diagonal
     S: Float[Tensor, "out columns"] | None = None
 
     def to_dense(self) -> Float[Tensor, "size size"]:
-        """``A ⊗ G``, which acts on the stacked columns of ``[W b]``."""
-        return kron(to_dense(self.A), to_dense(self.G))
+        """``A ⊗ G``, which acts on the stacked columns of ``[W b]``; of a stack the blocks after each other."""
+        return kron_blocks(to_dense(self.A), to_dense(self.G))
 
 
 @dataclass
@@ -60,13 +63,14 @@ class LayerSums:
     Args:
         A: ``Σ a aᵀ``, ``[in (+1), in (+1)]``, or its diagonal.
         G: ``Σ g gᵀ``, ``[out, out]``, or its diagonal; per draw or summed over the columns of an exact expectation.
-        rows: how many rows (uses of the layer) the sums run over.
+        rows: how many rows (uses of the layer) the sums run over; for a stack of blocks possibly a tensor that
+            broadcasts to G.
         squares: ``Σ (Q_Gᵀ ∇_n Q_A)²`` over examples in a given eigenbasis, ``[out, in (+1)]``, or None.
     """
 
     A: Tensor
     G: Tensor
-    rows: float
+    rows: float | Tensor
     squares: Tensor | None = None
 
     def __add__(self, other: "LayerSums") -> "LayerSums":
@@ -116,7 +120,7 @@ class Statistics:
         state["additive"] = torch.tensor(self.additive)
         for name, sums in self.layers.items():
             state[f"{name}/A"], state[f"{name}/G"] = sums.A, sums.G
-            state[f"{name}/rows"] = torch.tensor(sums.rows, dtype=torch.float64)
+            state[f"{name}/rows"] = torch.as_tensor(sums.rows, dtype=torch.float64)
             if sums.squares is not None:
                 state[f"{name}/squares"] = sums.squares
         return state
@@ -126,7 +130,7 @@ class Statistics:
         """The inverse of :meth:`state`."""
         names = [key.removesuffix("/A") for key in state if key.endswith("/A")]
         layers = {
-            n: LayerSums(state[f"{n}/A"], state[f"{n}/G"], float(state[f"{n}/rows"]), state.get(f"{n}/squares"))
+            n: LayerSums(state[f"{n}/A"], state[f"{n}/G"], _rows(state[f"{n}/rows"]), state.get(f"{n}/squares"))
             for n in names
         }
         return cls(layers, float(state["examples"]), state["count"].clone(), bool(state["additive"]))
@@ -147,19 +151,22 @@ def factors_from(statistics: Statistics, *, in_place: bool = False) -> dict[str,
     if not statistics.examples > 0:
         raise ValueError("statistics of no example: add those of at least one batch first")
     layers = statistics.layers
-    scale = {s.rows: statistics.examples / statistics.count / s.rows if s.rows else 0.0 for s in layers.values()}
+    unit = statistics.examples / statistics.count
+    scale = {s.rows: unit / s.rows if s.rows else 0.0 for s in layers.values() if not isinstance(s.rows, Tensor)}
     factors = {}
     for name, sums in layers.items():
         divided = (sums.A.div_, sums.G.mul_) if in_place else (sums.A.div, sums.G.mul)
+        if isinstance(sums.rows, Tensor):
+            per_row = torch.where(sums.rows > 0, unit / sums.rows, 0.0).to(sums.G.dtype)
+        else:
+            per_row = scale[sums.rows]
         squares = None if sums.squares is None else sums.squares / statistics.count
-        factors[name] = Factors(
-            _factor(divided[0](statistics.examples)), _factor(divided[1](scale[sums.rows])), squares
-        )
+        factors[name] = Factors(_factor(divided[0](statistics.examples)), _factor(divided[1](per_row)), squares)
     return factors
 
 
-def to_dense(factor: Tensor | Diagonal) -> Float[Tensor, "d d"]:
-    """A factor as a matrix."""
+def to_dense(factor: Tensor | Diagonal) -> Float[Tensor, "*stack d d"]:
+    """A factor as a matrix, or a stack of them."""
     return factor.to_dense() if isinstance(factor, Diagonal) else factor
 
 
@@ -171,6 +178,15 @@ def diagonal(factor: Tensor | Diagonal) -> Float[Tensor, " d"]:
 def kron(A: Float[Tensor, "a b"], G: Float[Tensor, "c d"]) -> Float[Tensor, "ac bd"]:
     """``A ⊗ G``; `torch.kron` fails on some pairs of strided matrices."""
     return torch.kron(A.contiguous(), G.contiguous())
+
+
+def kron_blocks(A: Float[Tensor, "*stack a b"], G: Float[Tensor, "*stack c d"]) -> Float[Tensor, "ac bd"]:
+    """``A ⊗ G``; of a stack the blocks after each other along the diagonal."""
+    return kron(A, G) if A.ndim == 2 else torch.block_diag(*(kron(a, g) for a, g in zip(A, G, strict=True)))
+
+
+def _rows(saved: Tensor) -> float | Tensor:
+    return saved if saved.ndim else float(saved)
 
 
 def _factor(mean: Tensor) -> Tensor | Diagonal:

@@ -1,6 +1,6 @@
 """`kronecker_fisher`: a Kronecker-factored estimate of the curvature of a loss, as an operator."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 import torch
@@ -40,6 +40,7 @@ def kronecker_fisher(
     weight: Any = None,
     alpha: float = 1.0,
     uncovered: Uncovered = "error",
+    sharing: str | Mapping[str, str] = "expand",
 ) -> KroneckerCurvature:
     r"""The Fisher matrix of ``likelihood.nll`` in Kronecker factors per layer [KFAC, sec. 3].
 
@@ -60,7 +61,8 @@ def kronecker_fisher(
     by position.
 
     Args:
-        model: any module whose trainable parameters are those of ``nn.Linear`` layers (see ``uncovered``).
+        model: any module. ``"block_diagonal"`` covers the layers listed on the page "Layers"; the other structures
+            cover ``nn.Linear`` (for the rest see ``uncovered``).
         likelihood: p(y | z).
         x: one batch (a tensor, a tuple or a mapping, as the model is called), or a re-iterable of batches: the result
             is that of all their examples together, for any split.
@@ -78,6 +80,9 @@ def kronecker_fisher(
         alpha: α of ``"input_covariance"``.
         uncovered: parameters without a factor: ``"error"``, an ``"identity"`` block, or the ``"diagonal"`` of the
             Fisher matrix.
+        sharing: how the positions of an example count where a layer acts at several (sequences, convolutions):
+            ``"expand"``, every one is a use, or ``"reduce"``, the mean of ā and the sum of g per example; or a mapping
+            from layer names (others expand).
 
     Returns:
         a symmetric operator on the parameters: ``@``, ``to_dense``, ``factors``, ``inverse``, ``coverage``.
@@ -97,11 +102,11 @@ def kronecker_fisher(
     elif expectation not in get_args(Expectation):
         check_expectation(likelihood, expectation, y, samples)
     view = ModelView(model, forward)
-    coverage = cover(view, uncovered)
+    coverage = cover(view, uncovered, structure, sharing)
     generator = generator or following_global(view.device)
     options: dict[str, Any] = {"expectation": expectation, "samples": samples, "generator": generator}
     streams: list[Tensor] = []  # where each batch's draws began
-    capture = Capture(model, coverage.layers)
+    capture = Capture(model, coverage.blocks)
     statistics: Statistics | None = None
     squares: dict[str, Tensor] = {}
     try:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, LayerSums, Statistics, to_dense
 from natgrad.curvature.inverse import FactoredInverse
-from natgrad.curvature.kfac import check_captured, input_sums
+from natgrad.curvature.kfac import check_captured
+from natgrad.curvature.layer_sums import input_sums
 from natgrad.layers.capture import Capture
 from natgrad.likelihoods import Likelihood
 from natgrad.linalg.spd import safe_eigh, spd_inverse
@@ -28,10 +29,8 @@ def collect_inputs(
         check_captured(record, z)
         batch = z.shape[0]
         with torch.no_grad():
-            inputs = record.inputs
-            sums = {
-                name: input_sums(layer, inputs.get(name, []), batch, batch) for name, layer in record.layers.items()
-            }
+            uses = record.uses
+            sums = {name: input_sums(block, uses.get(name, []), batch) for name, block in record.blocks.items()}
             layers = {name: LayerSums(s.A, s.A.new_ones(s.G.shape[0]) * s.rows, s.rows) for name, s in sums.items()}
     return Statistics(layers, float(batch), float(batch))
 

@@ -4,6 +4,7 @@ r"""Inverses of one damped Kronecker block ``A ⊗ G``: immutable values that ac
 each side.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from natgrad.curvature.base import Diagonal, Factors, kron
+from natgrad.curvature.base import Diagonal, Factors, kron, kron_blocks
 from natgrad.damping import ExactTikhonov, FactoredTikhonov, check_damping
 from natgrad.linalg.spd import safe_eigh, spd_inverse
 
@@ -50,14 +51,14 @@ class FactoredInverse:
 
     def write_negative(self, V: Float[Tensor, "out columns"], into: Float[Tensor, "out columns"]) -> None:
         """Minus :meth:`apply`, written to a buffer without passes over memory of its own."""
-        if self.A.ndim == 1 or V.dtype != self.A.dtype:
+        if self.A.ndim != 2 or V.dtype != self.A.dtype:
             torch.neg(self.apply(V), out=into)
         else:
             torch.addmm(into, times_left(self.G, V), self.A, beta=0, alpha=-1, out=into)
 
     def to_dense(self) -> Float[Tensor, "size size"]:
         """The matrix that acts on the stacked columns of V."""
-        return kron(*(torch.diag(x) if x.ndim == 1 else x for x in (self.A, self.G)))
+        return kron_blocks(*(torch.diag(x) if x.ndim == 1 else x for x in (self.A, self.G)))
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,13 @@ class Eigenbasis:
 
     def rotate(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
         """``Q_Gᵀ V Q_A``: V in the eigenbasis."""
-        V = V if self.QG is None else self.QG.T @ V
+        V = V if self.QG is None else self.QG.mT @ V
         return V if self.QA is None else V @ self.QA
 
     def rotate_back(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
         """``Q_G V Q_Aᵀ``: the inverse of :meth:`rotate`."""
         V = V if self.QG is None else self.QG @ V
-        return V if self.QA is None else V @ self.QA.T
+        return V if self.QA is None else V @ self.QA.mT
 
 
 class ExactInverse:
@@ -97,7 +98,7 @@ class ExactInverse:
     ) -> None:
         check_damping(damping)
         self.basis = basis
-        self.scale = ((torch.outer(basis.g, basis.a) if scaling is None else scaling) + damping).reciprocal_()
+        self.scale = ((_outer(basis.g, basis.a) if scaling is None else scaling) + damping).reciprocal_()
         self.ok = basis.ok
 
     def apply(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
@@ -110,8 +111,17 @@ class ExactInverse:
 
     def to_dense(self) -> Float[Tensor, "size size"]:
         """The matrix that acts on the stacked columns of V."""
+        if self.scale.ndim == 3:
+            return torch.block_diag(*(part.to_dense() for part in self._parts()))
         Q = kronecker_basis(self.basis)
         return (Q * self.scale.T.reshape(-1)) @ Q.T
+
+    def _parts(self) -> "Iterator[ExactInverse]":
+        """The inverses of a stack one by one."""
+        basis = self.basis
+        assert basis.QA is not None and basis.QG is not None  # no factor of a stack is kept as a diagonal
+        for QA, QG, a, g, scale in zip(basis.QA, basis.QG, basis.a, basis.g, self.scale, strict=True):
+            yield ExactInverse(Eigenbasis(QA, QG, a, g, basis.ok), 0.0, 1 / scale)
 
 
 def kronecker_basis(basis: Eigenbasis) -> Float[Tensor, "size size"]:
@@ -162,6 +172,12 @@ def invert_block(
     if not isinstance(rule, FactoredTikhonov):
         raise TypeError(f"rule: expected FactoredTikhonov(...) or ExactTikhonov(), got {rule!r}")
     A, G = (x.vector if isinstance(x, Diagonal) else x for x in (factors.A, factors.G))
+    if A.ndim == G.ndim == 1 and len(G) == 1:  # a diagonal matrix: to damp it exactly costs nothing
+        scaled = A * G
+        inverse, ok = _inverted(scaled, torch.as_tensor(damping, dtype=A.dtype, device=A.device))
+        if check and not ok:
+            _check_regular(eigenbasis(factors, check=True, what=what), damping, what)
+        return FactoredInverse(inverse, torch.ones_like(G), ok)
     of_a, of_g = rule.split(A, G, damping)
     if check and float(damping) == 0:
         _check_regular(eigenbasis(factors, check=True, what=what), damping, what)
@@ -204,6 +220,11 @@ def _check_regular(basis: Eigenbasis, damping: float | Tensor, what: str) -> Non
             f"{what} is singular (eigenvalues from {smallest:.1e} to {largest:.1e}) and has no undamped inverse; "
             f"pass a damping, for example damping={proposal:.1e}"
         )
+
+
+def _outer(g: Tensor, a: Tensor) -> Tensor:
+    """``g aᵀ``, for a stack of each."""
+    return g[..., :, None] * a[..., None, :]
 
 
 def times_left(G: Tensor, V: Tensor) -> Tensor:

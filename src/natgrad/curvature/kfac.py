@@ -1,13 +1,13 @@
 """Block-diagonal K-FAC: statistics of a batch, factors, inverses of blocks [KFAC, sec. 3, 4.2, 5, 6.3]."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.curvature.base import Diagonal, Factors, LayerSums, Statistics, factors_from, to_dense
+from natgrad.curvature.base import Diagonal, Factors, Statistics, factors_from, to_dense
 from natgrad.curvature.cotangents import check_expectation, cotangents, fisher_diagonal, validate_targets
 from natgrad.curvature.ekfac import GradientSquares
 from natgrad.curvature.inverse import (
@@ -18,9 +18,13 @@ from natgrad.curvature.inverse import (
     eigenbasis,
     invert_block,
 )
+from natgrad.curvature.layer_sums import add_outputs, example_by_example, input_sums, leading_use
 from natgrad.curvature.pairs import PairSums
+from natgrad.curvature.uncovered import couples_examples
+from natgrad.layers.bare import BareRule
 from natgrad.layers.capture import Capture, Record
-from natgrad.layers.factors import flatten_rows, input_moment, second_moment
+from natgrad.layers.factors import flatten_rows
+from natgrad.layers.linear import LinearRule
 from natgrad.likelihoods import Likelihood, is_plain_sum
 from natgrad.model_view import ModelView, batch_size, select_rows
 
@@ -80,6 +84,7 @@ def collect(
             diagonal_output=diagonal_output,
             bases=bases,
             order=record.chain_order(z) if chain else (),
+            coupled=couples_examples(view.module),
         )
 
 
@@ -99,6 +104,7 @@ def statistics_from(
     input_factors: Mapping[str, Tensor] | None = None,
     bases: Mapping[str, Eigenbasis] | None = None,
     order: Sequence[str] = (),
+    coupled: bool = False,
 ) -> Statistics:
     """Statistics from a forward pass that was recorded, by further backward passes; its graph is kept.
 
@@ -118,6 +124,8 @@ def statistics_from(
         bases: of layers whose squared per-example gradients are summed too, in that basis.
         order: the layers of a chain in forward order, whose neighbours' cross factors are wanted too. All factors then
             come from the same rows and draws: ``diagonal_output`` and ``input_factors`` have no effect.
+        coupled: whether an example's output depends on the other examples; the derivatives of an exact expectation
+            are then taken example by example.
 
     Raises:
         ValueError: targets are missing, the expectation is unknown, or neighbours were used on different rows.
@@ -132,15 +140,16 @@ def statistics_from(
         targets = None if targets is None else select_rows(targets, slice(0, rows))
         weight = weight[:rows] if weight is not None and weight.ndim and weight.shape[0] == batch else weight
     source = record.source(z) if diagonal_output and not order and expectation != "empirical" else None
+    source = source if source is not None and type(record.blocks[source].rule) is LinearRule else None
     diagonal = fisher_diagonal(likelihood, z_rows, targets, weight) if source is not None else None
     known = (
         {source: flatten_rows(diagonal.expand_as(z_rows)).sum(0)} if source is not None and diagonal is not None else {}
     )
-    inputs = record.inputs
+    uses = {name: [leading_use(use, rows, batch) for use in found] for name, found in record.uses.items()}
     known_A = {} if order or input_factors is None else input_factors
     sums = {
-        name: input_sums(layer, inputs.get(name, []), rows, batch, known_A.get(name), outputs=name not in known)
-        for name, layer in record.layers.items()
+        name: input_sums(block, uses.get(name, []), rows, known_A.get(name), outputs=name not in known)
+        for name, block in record.blocks.items()
     }
     squares: GradientSquares | None = None
     if bases:
@@ -150,6 +159,7 @@ def statistics_from(
     if order:
         parts = {name: trainable_parts(record.layers[name]) for name in order}
         pairs = PairSums(record, order, sums, parts, lambda x: leading_examples(x, rows, batch))
+    bare = {name: block for name, block in record.blocks.items() if isinstance(block.rule, BareRule)}
     if sums.keys() - known.keys():
         stacks = cotangents(
             likelihood,
@@ -160,16 +170,22 @@ def statistics_from(
             samples=samples,
             generator=generator,
         )
+        if (bare and expectation != "sampled") or (coupled and expectation == "exact"):
+            stacks = (part for stack in stacks for part in example_by_example(stack))
+        parameters = [p for block in bare.values() for p in block.parameters.values()]
         for stack in stacks:
-            for found in output_gradients(record, z, stack):
+            for found, bare_gradients in _derivatives(record, z, stack, parameters):
                 for name in known:
                     found.pop(name, None)
                 for name, gradients in found.items():
-                    _add_outputs(sums[name], gradients, rows, batch)
+                    add_outputs(sums[name], record.blocks[name], uses[name], gradients, rows, batch)
                 if squares is not None:
                     squares.add(found)
                 if pairs is not None:
                     pairs.add(found)
+                for name, gradient in zip(bare, bare_gradients, strict=True):
+                    if gradient is not None:
+                        sums[name].A.add_(gradient.to(sums[name].A.dtype).flatten().square())
     for name, vector in known.items():
         sums[name].G = vector.to(sums[name].A.dtype)
         if squares is not None and diagonal is not None:
@@ -193,14 +209,17 @@ def trainable_parts(layer: nn.Linear) -> tuple[bool, bool]:
 
 
 def check_captured(record: Record, z: Tensor) -> None:
-    """Refuse a layer whose parameters act on z although it was never called, for its hooks saw nothing.
+    """Refuse a layer whose parameters act on z by ways that its hooks did not see.
 
     Raises:
         ValueError: there is such a layer; it is named.
     """
+    blocks = {n: b for n, b in record.blocks.items() if not isinstance(b.rule, BareRule)}
     for name, calls in record.calls.items():
-        parameters = [p for p in record.layers[name].parameters() if p.requires_grad]
-        if calls or not parameters or not z.requires_grad:
+        if name not in blocks or not z.requires_grad:
+            continue
+        parameters = list(blocks[name].parameters.values())
+        if calls or not parameters:
             continue
         found = torch.autograd.grad(z, parameters, torch.ones_like(z), retain_graph=True, allow_unused=True)
         if any(gradient is not None for gradient in found):
@@ -208,44 +227,12 @@ def check_captured(record: Record, z: Tensor) -> None:
                 f"layer {name!r}: the model uses its parameters without calling it (a functional call, a fused "
                 "kernel), so its inputs cannot be captured; call the layer itself, or freeze it"
             )
-
-
-def input_sums(
-    layer: nn.Linear,
-    inputs: list[Tensor],
-    rows: int,
-    batch: int,
-    factor: Tensor | None = None,
-    *,
-    outputs: bool = True,
-) -> LayerSums:
-    """``Σ ā āᵀ`` over the calls of a layer for the leading examples, with a G of zeros.
-
-    Args:
-        layer: the layer.
-        inputs: of its calls.
-        rows: the number of leading examples.
-        batch: the number of all examples.
-        factor: A where it is known: the sum is then that many times A.
-        outputs: whether G is a matrix; otherwise it is left empty, for who knows its diagonal.
-    """
-    weight, bias = trainable_parts(layer)
-    dtype = _accumulator(layer.weight.dtype)
-    total: Tensor | None = None
-    used = 0.0
-    for a in inputs:
-        a, share = leading_examples(a, rows, batch)
-        if factor is None:
-            moment = input_moment(a.to(dtype), weight, bias)
-            moment = moment if share == 1 else moment.mul_(share)
-            total = moment if total is None else total.add_(moment)
-        used += share * (a.numel() // a.shape[-1])
-    out, columns = layer.weight.shape[0], layer.weight.shape[1] * weight + bias
-    if factor is not None:
-        total = factor.to(dtype) * rows
-    elif total is None:
-        total = layer.weight.new_zeros(columns, columns, dtype=dtype)
-    return LayerSums(total, total.new_zeros(out, out) if outputs else total.new_zeros(out), used)
+    for name, extra in record.used_elsewhere(z).items():
+        raise ValueError(
+            f"layer {name!r}: the model uses its {extra} outside of the layer too (such as in a functional call with "
+            "the same weight), so its statistics would be incomplete; call the layer itself, or leave the parameter "
+            "out (requires_grad_(False), a copy of its own)"
+        )
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -253,36 +240,35 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _add_outputs(sums: LayerSums, gradients: list[Tensor], rows: int, batch: int) -> None:
-    for g in gradients:
-        # Rows of other examples hold zeros: where they cannot be told apart they do no harm.
-        second_moment(flatten_rows(leading_examples(g, rows, batch)[0]).to(sums.G.dtype), out=sums.G)
-
-
-def leading_examples(x: Tensor, rows: int, batch: int) -> tuple[Tensor, float]:
-    """The first ``rows`` examples of a tensor, and the share of them in what is returned.
-
-    The examples are in dimension 0. A tensor with another one (positions first, examples and positions flattened) is
-    returned whole: then the share is ``rows / batch``, by which a sum over all of its rows estimates that over the
-    leading examples.
-    """
-    if rows == batch:
-        return x, 1.0
-    return (x[:rows], 1.0) if x.ndim > 1 and x.shape[0] == batch else (x, rows / batch)
-
-
 def output_gradients(record: Record, z: Tensor, stack: Float[Tensor, "k rows ..."]) -> list[dict[str, list[Tensor]]]:
     """The g's of every cotangent of a stack; one vectorised backward pass where that works."""
+    return [found for found, _ in _derivatives(record, z, stack)]
+
+
+def _derivatives(
+    record: Record, z: Tensor, stack: Float[Tensor, "k rows ..."], parameters: Iterable[Tensor] = ()
+) -> list[tuple[dict[str, list[Tensor]], list[Tensor | None]]]:
+    """As :func:`output_gradients`, and the gradients of some parameters."""
     if stack.shape[1] < z.shape[0]:
         whole = stack.new_zeros(stack.shape[0], *z.shape)
         whole[:, : stack.shape[1]] = stack
         stack = whole
-    stack = stack.to(z.dtype)
+    stack, parameters = stack.to(z.dtype), list(parameters)
     if len(stack) > 1:
         try:
-            found = record.output_gradients(z, stack, batched=True)
+            found, gradients = record.gradients(z, stack, parameters, batched=True)
         except (RuntimeError, NotImplementedError):  # an operation without a batching rule: one by one
             pass
         else:
-            return [{name: [g[i] for g in gs] for name, gs in found.items()} for i in range(len(stack))]
-    return [record.output_gradients(z, cotangent) for cotangent in stack]
+            return [
+                (
+                    {name: [g[i] for g in gs] for name, gs in found.items()},
+                    [g if g is None else g[i] for g in gradients],
+                )
+                for i in range(len(stack))
+            ]
+    return [record.gradients(z, cotangent, parameters) for cotangent in stack]
+
+
+def _each(found: Mapping[str, list[Tensor]], index: int) -> dict[str, list[Tensor]]:
+    return {name: [g[index] for g in gradients] for name, gradients in found.items()}

@@ -49,7 +49,7 @@ class KroneckerCurvature(BlockDiagonal):
         self._coverage = coverage
         self._alpha = alpha
         self._diagonals = {name: diagonals[name].reshape(-1) for name in coverage.uncovered}
-        self._indices = {name: layer_index(view, *members) for name, members in coverage.members.items()}
+        self._indices = {name: layer_index(view, block) for name, block in coverage.blocks.items()}
         found = factors_from(statistics)
         blocks: list[tuple[Tensor, LinearOperator]] = []
         if structure == "full":
@@ -156,10 +156,7 @@ class KroneckerCurvature(BlockDiagonal):
 
 def _sizes(coverage: Coverage) -> list[tuple[int, int]]:
     """(columns, out) per layer."""
-    return [
-        (layer.in_features * (weight is not None) + (bias is not None), layer.out_features)
-        for layer, (weight, bias) in zip(coverage.layers.values(), coverage.members.values(), strict=True)
-    ]
+    return [(block.shape[1], block.shape[0]) for block in coverage.blocks.values()]
 
 
 def _diagonal_pairs(pairs: Factors, coverage: Coverage) -> dict[str, Factors]:
@@ -217,6 +214,6 @@ class _InverseOperator(LinearOperator):
     def _matmat(self, v: Tensor) -> Tensor:
         if self._product is not None:
             return self._product._matmat(v)
-        out, columns = self.inverse.scale.shape
-        applied = [self.inverse.apply(column.reshape(columns, out).T).T.reshape(-1) for column in v.T]
+        *stack, out, columns = self.inverse.scale.shape
+        applied = [self.inverse.apply(column.reshape(*stack, columns, out).mT).mT.reshape(-1) for column in v.T]
         return torch.stack(applied, dim=1)

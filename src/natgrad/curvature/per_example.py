@@ -51,7 +51,7 @@ class PerExampleGradients:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}: expected at least one example in a pass, or None")
         self.view, self.chunk_size = view, chunk_size
-        coverage = cover(view, uncovered="identity")
+        coverage = cover(view, uncovered="identity", structure="layerwise")
         layers: dict[str, nn.Linear] = {
             name: layer
             for name, layer in coverage.layers.items()

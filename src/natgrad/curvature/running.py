@@ -72,13 +72,13 @@ def mean_eigenvalue(factors: Mapping[str, Factors]) -> Float[Tensor, ""]:
     traces, size = [], 0
     for block in factors.values():
         A, G = _values(block.A), _values(block.G)
-        traces.append(_trace(A).double() * _trace(G).double())
-        size += A.shape[0] * G.shape[0]
+        traces.append((_trace(A).double() * _trace(G).double()).sum())
+        size += A[..., 0].numel() * G.shape[-1]
     return torch.stack(traces).sum() / size
 
 
 def _trace(values: Tensor) -> Tensor:
-    return values.sum() if values.ndim == 1 else values.diagonal().sum()
+    return values.sum() if values.ndim == 1 else values.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _values(factor: Tensor | Diagonal) -> Tensor:

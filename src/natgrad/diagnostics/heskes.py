@@ -100,7 +100,7 @@ def layerwise_kl(
     with torch.no_grad():
         z = view.functional(own, x)
     total = z.new_zeros(())
-    for members in cover(view).members.values():
+    for members in cover(view, structure="layerwise").members.values():
         changed = {member: given[member] for member in members if member is not None}
         z_changed = view.functional({**own, **changed}, x)
         of, other = (z_changed, z) if reverse else (z, z_changed)

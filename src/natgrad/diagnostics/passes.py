@@ -57,7 +57,7 @@ def exact_pass(
     check_likelihood(likelihood)
     batch_size(x)
     view = ModelView(model, forward)
-    coverage = cover(view)
+    coverage = cover(view, structure="layerwise")
     capture = Capture(model, coverage.layers)
     try:
         with view.curvature_pass(), view.snapshot():

@@ -146,7 +146,7 @@ def layer_sizes(view: ModelView) -> dict[str, int]:
     Raises:
         ValueError: a parameter belongs to no ``nn.Linear`` layer; it is named.
     """
-    coverage = cover(view)
+    coverage = cover(view, structure="layerwise")
     return {
         name: sum(coverage.sizes[member] for member in members if member is not None)
         for name, members in coverage.members.items()

@@ -7,7 +7,8 @@ a deep or pickled copy of a hooked model has inert hooks.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,7 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from natgrad.layers.hooks import LayerHook, around_attention, foreign_hooks
+from natgrad.layers.linear import LinearRule
 from natgrad.layers.order import chain_of
+from natgrad.layers.registry import block_of, rules_for
+from natgrad.layers.rules import Block, Use
+
+__all__ = ["Capture", "Record", "foreign_hooks"]
 
 
 class _Call(NamedTuple):
@@ -23,19 +30,44 @@ class _Call(NamedTuple):
     version: int | None
     edge: GradientEdge | None  # None where the output does not require a gradient
     output: tuple[torch.Size, torch.dtype, torch.device]
+    layer: Any = None
+    training: bool = True
+    slot: slice | None = None
+    arrange: Callable[[Tensor], Tensor] | None = None
 
 
 class Record:
     """What one recorded forward pass left behind.
 
     Args:
-        layers: the recorded layers by clean name.
+        layers: the recorded layers, or blocks of them, by clean name.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
-        self.layers = dict(layers)
+    def __init__(self, layers: Mapping[str, nn.Module | Block]) -> None:
+        self.blocks = _blocks(layers)
         self._calls: dict[str, list[_Call]] = {name: [] for name in layers}
         self._untracked: set[str] = set()
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """The recorded layers by the names of their blocks."""
+        return {name: block.layer for name, block in self.blocks.items()}
+
+    @property
+    def uses(self) -> dict[str, list[Use]]:
+        """The calls of each layer, in order, with what a rule needs to know of them; as :attr:`inputs` otherwise.
+
+        Raises:
+            RuntimeError: as :attr:`inputs`.
+        """
+        return {
+            name: [
+                Use(call.layer, _unchanged(name, call), call.output[0], call.training, call.slot, call.arrange)
+                for call in calls
+            ]
+            for name, calls in self._calls.items()
+            if calls
+        }
 
     @property
     def inputs(self) -> dict[str, list[Tensor]]:
@@ -131,9 +163,22 @@ class Record:
                 "which hides the layer's output from the graph; pass use_reentrant=False to checkpoint()"
             )
 
+    def used_elsewhere(self, z: Tensor) -> dict[str, str]:
+        """Blocks whose parameters the graph of z uses more often than their layers were called: (block, parameter)."""
+        if z.grad_fn is None:
+            return {}
+        leaves = {
+            get_gradient_edge(p).node: (name, key)
+            for name, block in self.blocks.items()
+            if self._calls[name]
+            for key, p in block.parameters.items()
+        }
+        counts = Counter(leaves[parent] for node in _graph(z) for parent, _ in node.next_functions if parent in leaves)
+        return {name: key for (name, key), uses in counts.items() if uses > len(self._calls[name])}
+
     def take(self, z: Tensor) -> "Record":
         """The calls that z depends on, as a record of their own; they leave this one."""
-        taken, graph = Record(self.layers), _graph(z)
+        taken, graph = Record(self.blocks), _graph(z)
         for name, calls in self._calls.items():
             taken._calls[name] = [call for call in calls if call.edge is not None and call.edge.node in graph]
             self._calls[name] = [call for call in calls if call.edge is None or call.edge.node not in graph]
@@ -146,12 +191,26 @@ class Record:
             self._calls[name].extend(calls)
         self._untracked |= other._untracked
 
-    def _add(self, name: str, a: Tensor, output: Tensor) -> None:
+    def _add(
+        self,
+        name: str,
+        a: Tensor,
+        output: Tensor,
+        layer: Any = None,
+        slot: slice | None = None,
+        arrange: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"layer {name!r} returned {type(output).__name__}; a layer with a rule takes one tensor and returns one"
+            )
         edge = get_gradient_edge(output) if output.requires_grad else None
         if edge is None:
             self._untracked.add(name)
         version = None if a.is_inference() else a._version
-        self._calls[name].append(_Call(a.detach(), version, edge, (output.shape, output.dtype, output.device)))
+        kept = output.shape, output.dtype, output.device
+        training = True if layer is None else layer.training
+        self._calls[name].append(_Call(a.detach(), version, edge, kept, layer, training, slot, arrange))
 
     def _clear(self) -> None:
         for calls in self._calls.values():
@@ -164,16 +223,31 @@ class Capture:
 
     Args:
         model: the model that owns the layers (kept by nobody: the hooks live on the layers).
-        layers: the layers to record, by clean name; each takes one tensor and returns one.
+        layers: the layers to record, or blocks of them, by clean name; each takes one tensor and returns one.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module | Block]) -> None:
         del model
-        self.layers = dict(layers)
+        self.blocks = _blocks(layers)
         self._record: Record | None = None
-        hooks = [(layer, _Hook(self, name, layer)) for name, layer in self.layers.items()]
-        handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer, hook in hooks]
+        handles: list[Any] = []
+        attention: dict[int, tuple[nn.MultiheadAttention, dict[str, str]]] = {}
+        for name, block in self.blocks.items():
+            for layer in block.modules if block.rule.captured else ():
+                handles.append(layer.register_forward_hook(LayerHook(self, name, layer), with_kwargs=True))
+            if isinstance(block.layer, nn.MultiheadAttention) and not block.rule.captured:
+                names = attention.setdefault(id(block.layer), (block.layer, {}))[1]
+                names[name.rpartition(".")[2]] = name
+        for layer, names in attention.values():
+            before, after = around_attention(self, layer, names)
+            handles.append(layer.register_forward_pre_hook(before))
+            handles.append(layer.register_forward_hook(after, always_call=True))
         self._finalizer = weakref.finalize(self, _remove, handles)
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """The recorded layers by the names of their blocks."""
+        return {name: block.layer for name, block in self.blocks.items()}
 
     @contextmanager
     def record(self) -> Iterator[Record]:
@@ -206,7 +280,7 @@ class Capture:
         """
         if self._record is not None:
             raise RuntimeError("this capture is recording already: leave the outer record() first")
-        self._record = Record(self.layers)
+        self._record = Record(self.blocks)
         return self._record
 
     def stop(self) -> None:
@@ -223,37 +297,15 @@ class Capture:
         )
 
 
-class _Hook:
-    """The forward hook of one layer. Copies are inert: they belong to no capture."""
-
-    def __init__(self, capture: Capture | None, name: str = "", layer: nn.Module | None = None) -> None:
-        self._capture = weakref.ref(capture) if capture is not None else None
-        self._layer = weakref.ref(layer) if layer is not None else None
-        self._name = name
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if torch.compiler.is_compiling() or self._capture is None:
-            return
-        capture = self._capture()
-        if capture is None or capture._record is None or self._layer is None or self._layer() is not module:
-            return
-        if torch._C._current_graph_task_id() != -1:  # activation checkpointing recomputes the forward pass
-            return
-        a = args[0] if args else next(iter(kwargs.values()))
-        capture._record._add(self._name, a, output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
-        return _Hook(None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None,)
-
-
-def foreign_hooks(module: nn.Module) -> bool:
-    """Whether somebody else's hooks may change what goes into a module, comes out of it or flows back."""
-    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return True
-    return any(not isinstance(hook, _Hook) for hook in module._forward_hooks.values())
+def _blocks(layers: Mapping[str, nn.Module | Block]) -> dict[str, Block]:
+    """Blocks by name; a bare layer gets that of its kind, one of unknown kind is just recorded."""
+    found = {}
+    for name, x in layers.items():
+        if isinstance(x, Block):
+            found[name] = x
+        else:
+            found[name] = block_of(name, x) if rules_for(x) else Block(name, LinearRule(), (x,), {})
+    return found
 
 
 def _remove(handles: list[Any]) -> None:

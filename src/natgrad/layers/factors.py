@@ -45,11 +45,7 @@ def input_moment(a: Float[Tensor, "... d"], weight: bool = True, bias: bool = Tr
         return a.new_full((1, 1), rows)
     moment = a.new_empty(d + 1, d + 1)
     torch.mm(a.T, a, out=moment[:d, :d])
-    sums = a.sum(0)
-    moment[:d, d] = sums
-    moment[d, :d] = sums
-    moment[d, d] = rows
-    return moment
+    return _bordered(moment, a.sum(0), rows)
 
 
 def cross_moment(
@@ -81,3 +77,37 @@ def cross_moment(
     if of_a[1] and of_b[1]:
         moment[-1, -1] = rows
     return moment
+
+
+def joint_moment(
+    moment: Float[Tensor, "*stack d d"],
+    sums: Float[Tensor, "*stack d"],
+    rows: float | Tensor,
+    weight: bool = True,
+    bias: bool = True,
+) -> Float[Tensor, "*stack columns columns"]:
+    r"""``Σ ā āᵀ`` from ``Σ a aᵀ``, ``Σ a`` and the number of rows, for one block or a stack of them.
+
+    Args:
+        moment: ``Σ a aᵀ``.
+        sums: ``Σ a``.
+        rows: their number; broadcast over the stack.
+        weight: as for :func:`input_moment`.
+        bias: as for :func:`input_moment`.
+    """
+    d = moment.shape[-1]
+    if not bias:
+        return moment
+    if not weight:
+        return moment.new_ones(*moment.shape[:-2], 1, 1) * rows
+    joint = moment.new_empty(*moment.shape[:-2], d + 1, d + 1)
+    joint[..., :d, :d] = moment
+    return _bordered(joint, sums, rows)
+
+
+def _bordered(joint: Tensor, sums: Tensor, rows: float | Tensor) -> Tensor:
+    """In place: the last row and column of a joint moment."""
+    joint[..., :-1, -1] = sums
+    joint[..., -1, :-1] = sums
+    joint[..., -1, -1] = rows
+    return joint

@@ -68,7 +68,7 @@ class Watch:
             raise ValueError(
                 "z has no graph: it was detached, or computed under torch.no_grad(); pass the model's output"
             )
-        taken = Record(self._capture.layers)
+        taken = Record(self._capture.blocks)
         for record in self._passes:
             taken.extend(record.take(z))
         taken.refuse_hidden(z)

@@ -16,15 +16,15 @@ from torch import Tensor
 class SPDResult(NamedTuple):
     """A matrix, and whether it can be used (a 0-d bool tensor)."""
 
-    value: Float[Tensor, "n n"]
+    value: Float[Tensor, "*stack n n"]
     ok: Bool[Tensor, ""]
 
 
 class EighResult(NamedTuple):
     """Eigenvalues in ascending order, eigenvectors as columns, and whether both can be used (a 0-d bool tensor)."""
 
-    values: Float[Tensor, " n"]
-    vectors: Float[Tensor, "n n"]
+    values: Float[Tensor, "*stack n"]
+    vectors: Float[Tensor, "*stack n n"]
     ok: Bool[Tensor, ""]
 
 
@@ -54,15 +54,15 @@ def safe_cholesky(M: Float[Tensor, "n n"], *, check: bool = False, what: str = "
 
 
 def spd_inverse(
-    M: Float[Tensor, "n n"], damping: float | Tensor = 0.0, *, check: bool = False, what: str = "the matrix"
+    M: Float[Tensor, "*stack n n"], damping: float | Tensor = 0.0, *, check: bool = False, what: str = "the matrix"
 ) -> SPDResult:
     r"""``(M + damping I)^{-1}`` of a symmetric positive semi-definite M, by Cholesky.
 
     About the cost of one matrix product; less than half of a general inverse.
 
     Args:
-        M: symmetric positive semi-definite.
-        damping: the coefficient of the identity, a number or a 0-d tensor.
+        M: symmetric positive semi-definite, or a stack of such matrices; ``ok`` then speaks for all of them.
+        damping: the coefficient of the identity, a number or a 0-d tensor; for a stack possibly one for each.
         check: raise instead of returning ``ok = False``.
         what: how an error names the matrix.
 
@@ -72,15 +72,17 @@ def spd_inverse(
     Raises:
         ValueError: with ``check``, when ``M + damping I`` is singular to working precision; proposes a damping.
     """
+    if isinstance(damping, Tensor) and damping.ndim:
+        damping = damping[..., None]
     damped = M.clone()
-    damped.diagonal().add_(damping)
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
     L, info = torch.linalg.cholesky_ex(damped)
-    ok = (info == 0) & torch.isfinite(L.diagonal()).all()
+    ok = _factorised(L, info)
     if not ok and M.dtype != torch.float64 and _has_float64(M):
         damped = M.double()
-        damped.diagonal().add_(damping)
+        damped.diagonal(dim1=-2, dim2=-1).add_(damping)
         L, info = torch.linalg.cholesky_ex(damped)
-        ok = (info == 0) & torch.isfinite(L.diagonal()).all()
+        ok = _factorised(L, info)
     if check and not (ok and _well_conditioned(L)):
         raise ValueError(_not_definite(M, what, damping))
     if not ok:  # cholesky_inverse raises on a zero pivot
@@ -89,11 +91,11 @@ def spd_inverse(
     return SPDResult(torch.cholesky_inverse(L).mT.to(M.dtype), ok)
 
 
-def safe_eigh(M: Float[Tensor, "n n"], *, check: bool = False, what: str = "the matrix") -> EighResult:
+def safe_eigh(M: Float[Tensor, "*stack n n"], *, check: bool = False, what: str = "the matrix") -> EighResult:
     r"""Eigenvalues and eigenvectors of a symmetric matrix, ``M = Q diag(values) Qᵀ``.
 
     Args:
-        M: symmetric; only its lower triangle is read.
+        M: symmetric, or a stack of such matrices; only the lower triangle is read.
         check: raise instead of returning ``ok = False``.
         what: how an error names the matrix.
 
@@ -112,15 +114,20 @@ def safe_eigh(M: Float[Tensor, "n n"], *, check: bool = False, what: str = "the 
                 continue
             if torch.isfinite(values).all() and torch.isfinite(vectors).all():
                 return EighResult(
-                    values.to(M.dtype), vectors.to(M.dtype), torch.ones_like(values[:1].sum(), dtype=torch.bool)
+                    values.to(M.dtype), vectors.to(M.dtype), torch.ones((), dtype=torch.bool, device=M.device)
                 )
     if check:
         raise ValueError(
             f"no eigendecomposition of {what} {tuple(M.shape)}: it holds NaN or infinite values, or eigh failed"
         )
     return EighResult(
-        torch.full_like(M[0], torch.nan), torch.full_like(M, torch.nan), M.new_zeros((), dtype=torch.bool)
+        torch.full_like(M[..., 0], torch.nan), torch.full_like(M, torch.nan), M.new_zeros((), dtype=torch.bool)
     )
+
+
+def _factorised(L: Tensor, info: Tensor) -> Tensor:
+    """Whether a Cholesky factor, or all of a stack, can be used."""
+    return (info == 0).all() & torch.isfinite(L.diagonal(dim1=-2, dim2=-1)).all()
 
 
 def _has_float64(M: Tensor) -> bool:
@@ -129,15 +136,16 @@ def _has_float64(M: Tensor) -> bool:
 
 def _well_conditioned(L: Float[Tensor, "n n"]) -> bool:
     """Whether the matrix with Cholesky factor L has an inverse with any correct digit, judged by the pivots."""
-    pivots = L.diagonal().square()
-    return bool(pivots.min() > pivots.max() * L.shape[0] * torch.finfo(L.dtype).eps)
+    pivots = L.diagonal(dim1=-2, dim2=-1).square()
+    return bool((pivots.amin(-1) > pivots.amax(-1) * L.shape[-1] * torch.finfo(L.dtype).eps).all())
 
 
 def _not_definite(M: Tensor, what: str, damping: float | Tensor = 0.0) -> str:
     if not torch.isfinite(M).all():
         return f"{what} {tuple(M.shape)} holds NaN or infinite values"
-    proposal = max(float(M.diagonal().mean()) * 1e-3, torch.finfo(M.dtype).tiny)
+    proposal = max(float(M.diagonal(dim1=-2, dim2=-1).mean()) * 1e-3, torch.finfo(M.dtype).tiny)
+    given = float(torch.as_tensor(damping).max())
     return (
-        f"{what} {tuple(M.shape)} is singular to working precision with damping={float(damping):g}; "
+        f"{what} {tuple(M.shape)} is singular to working precision with damping={given:g}; "
         f"give a larger damping, for example {proposal:.1e}"
     )

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.layers.capture import Record, foreign_hooks
+from natgrad.layers.registry import block_of
+from natgrad.layers.rules import Use
 from natgrad.model_view import ModelView
 
 # x · dφ/ds in place, written in the output φ(s)
@@ -35,6 +37,7 @@ class Chain:
         self, names: Sequence[str], layers: Sequence[nn.Linear], activations: Sequence[nn.Module | None]
     ) -> None:
         self.names, self.layers, self.activations = tuple(names), tuple(layers), tuple(activations)
+        self.blocks = {name: block_of(name, layer) for name, layer in zip(names, layers, strict=True)}
 
     @classmethod
     def of(cls, view: ModelView) -> "Chain | None":
@@ -137,13 +140,23 @@ class ChainRecord(Record):
     """
 
     def __init__(self, chain: Chain, inputs: Mapping[str, Tensor]) -> None:
-        super().__init__(dict(zip(chain.names, chain.layers, strict=True)))
+        super().__init__(chain.blocks)
         self.chain, self.layer_inputs = chain, dict(inputs)
 
     @property
     def inputs(self) -> dict[str, list[Tensor]]:
         """The input of each layer, as its only call."""
         return {name: [a] for name, a in self.layer_inputs.items()}
+
+    @property
+    def uses(self) -> dict[str, list[Use]]:
+        """The only call of each layer."""
+        layers = zip(self.chain.names, self.chain.layers, strict=True)
+        return {
+            name: [Use(layer, a, torch.Size((*a.shape[:-1], layer.out_features)))]
+            for name, layer in layers
+            if (a := self.layer_inputs.get(name)) is not None
+        }
 
     @property
     def calls(self) -> dict[str, int]:

@@ -9,25 +9,29 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from natgrad.layers.rules import Block
 from natgrad.model_view import ModelView
 from natgrad.operators.base import LinearOperator
 
 
 class Kronecker(LinearOperator):
-    """``A ⊗ G`` of two symmetric factors; a vector stands for a diagonal one.
+    """``A ⊗ G`` of two symmetric factors; a vector stands for a diagonal one, three dimensions for a stack of blocks.
 
     Args:
-        A: ``[columns, columns]`` or its diagonal.
-        G: ``[out, out]`` or its diagonal.
+        A: ``[columns, columns]`` or its diagonal, or ``[blocks, columns, columns]``.
+        G: ``[out, out]`` or its diagonal, or ``[blocks, out, out]``.
     """
 
-    def __init__(self, A: Float[Tensor, "columns *columns"], G: Float[Tensor, "out *out"]) -> None:
-        n = A.shape[0] * G.shape[0]
+    def __init__(self, A: Float[Tensor, "*columns"], G: Float[Tensor, "*out"]) -> None:
+        n = (A if A.ndim == 1 else A[..., 0]).numel() * G.shape[-1]
         super().__init__((n, n), dtype=A.dtype, device=A.device, symmetric=True)
         self.A, self.G = A, G
 
     def _matmat(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        columns, out = self.A.shape[0], self.G.shape[0]
+        columns, out = self.A.shape[-1], self.G.shape[-1]
+        if self.A.ndim == 3:
+            V = self.A @ v.reshape(len(self.A), columns, -1)
+            return (self.G[:, None] @ V.unflatten(2, (out, -1))).reshape(v.shape)
         V = v.reshape(columns, -1)
         V = self.A[:, None] * V if self.A.ndim == 1 else self.A @ V
         V = V.reshape(columns, out, -1)
@@ -35,7 +39,10 @@ class Kronecker(LinearOperator):
         return V.reshape(v.shape)
 
     def _dense(self) -> Float[Tensor, "n n"]:
-        return torch.kron(*(torch.diag(x) if x.ndim == 1 else x.contiguous() for x in (self.A, self.G)))
+        A, G = (torch.diag(x) if x.ndim == 1 else x.contiguous() for x in (self.A, self.G))
+        if A.ndim == 2:
+            return torch.kron(A, G)
+        return torch.block_diag(*(torch.kron(a, g) for a, g in zip(A, G, strict=True)))
 
 
 class Dense(LinearOperator):
@@ -83,17 +90,16 @@ class BlockDiagonal(LinearOperator):
         return out
 
 
-def layer_index(view: ModelView, weight: str | None, bias: str | None) -> Int[Tensor, " size"]:
-    """Where the stacked columns of ``[W b]`` stand in a vector over the parameters.
+def layer_index(view: ModelView, block: Block) -> Int[Tensor, " size"]:
+    """Where the stacked columns of a block's matrix V stand in a vector over the parameters; stacks one by one.
 
     Args:
         view: the model.
-        weight: the parameter name of W, or None where the block has none.
-        bias: that of b, or None.
+        block: a layer with its rule.
     """
     index = view.to_dict(torch.arange(view.num_parameters, device=view.device))
-    parts = [] if weight is None else [index[weight].T.reshape(-1)]
-    return torch.cat(parts if bias is None else [*parts, index[bias]])
+    V = block.to_matrix({key: index[name] for key, name in block.members.items()})
+    return V.mT.reshape(-1)
 
 
 def parameter_index(view: ModelView, name: str) -> Int[Tensor, " size"]:

@@ -21,6 +21,7 @@ from natgrad.curvature.kfac import check_captured, statistics_from, trainable_pa
 from natgrad.curvature.uncovered import couples_examples, squared_gradients
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.factors import flatten_rows
+from natgrad.layers.linear import LinearRule
 from natgrad.likelihoods import Likelihood, is_plain_sum, nll_and_score
 from natgrad.model_view import ModelView, Replay, batch_size, select_rows
 from natgrad.operators.chain import Chain, ChainRecord
@@ -252,13 +253,18 @@ class Evaluator:
 
     def _accumulate(self, part: _Pass, cotangent: Tensor, into: Tensor, *, add: bool) -> dict[str, list[Tensor]]:
         """Write this pass's gradient of the summed nll to ``into``, or add it; returns the g's."""
-        others = self.layout.others(into)
+        by_hand = {name: b for name, b in part.record.blocks.items() if type(b.rule) is LinearRule}
+        targets = self.layout.parameters(into)
+        own = {member for block in by_hand.values() for member in block.members.values()}
+        others = {name: target for name, target in targets.items() if name not in own}
         other_parameters = [self.view.parameters[name] for name in others]
         gradients, other_gradients = part.record.gradients(
             part.z, cotangent, parameters=other_parameters, retain_graph=bool(part.sampled)
         )
         inputs = part.record.inputs
-        for name, block in self.layout.blocks(into).items():
+        matrices = self.layout.blocks(into)
+        for name in by_hand:
+            block = matrices[name]
             weight, bias = trainable_parts(part.record.layers[name])
             beta = float(add)  # at 0 what was there does not matter, not even if it is not finite
             for a, g in zip(inputs.get(name, []), gradients.get(name, []), strict=True):
@@ -289,5 +295,7 @@ def _keep_rows(
 ) -> None:
     """Append (a, g) of every call."""
     for name, found in record.inputs.items():
+        if type(record.blocks[name].rule) is not LinearRule:
+            continue
         pairs = zip(found, gradients[name], strict=True)
         into.setdefault(name, []).extend((flatten_rows(a), flatten_rows(g)) for a, g in pairs)

@@ -1,6 +1,6 @@
 """The damped inverses in use: renewed now and then, kept where a factorisation fails."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,22 +79,31 @@ class LayerInverses:
         kept = self._kept.get(name)
         return ExactInverse(kept, damping) if isinstance(kept, Eigenbasis) else kept
 
-    def state(self, name: str, columns: int, out: int, like: Tensor) -> dict[str, Tensor]:
-        """What a checkpoint needs of one layer; the shapes do not depend on whether there is an inverse yet."""
+    def state(self, name: str, shapes: tuple[Sequence[int], Sequence[int]], like: Tensor) -> dict[str, Tensor]:
+        """What a checkpoint needs of one layer; the shapes do not depend on whether there is an inverse yet.
+
+        Args:
+            name: of the layer.
+            shapes: of A and G; those of one dimension are diagonal by definition and have no basis.
+            like: gives dtype and device.
+        """
         kept = self._kept.get(name)
         flags = {"inverse_ready": torch.tensor(kept is not None)}
-        if isinstance(kept, Eigenbasis):
-            QA, QG, a, g = kept.QA, kept.QG, kept.a, kept.g
-            flags |= {"basis_A_known": torch.tensor(QA is not None), "basis_G_known": torch.tensor(QG is not None)}
-            QA = like.new_zeros(columns, columns) if QA is None else QA
-            return flags | {"QA": QA, "QG": like.new_zeros(out, out) if QG is None else QG, "a": a, "g": g}
         if isinstance(self.form, ExactTikhonov):
-            flags |= {"basis_A_known": torch.tensor(False), "basis_G_known": torch.tensor(False)}
-            zeros = {"QA": (columns, columns), "QG": (out, out), "a": (columns,), "g": (out,)}
-            return flags | {key: like.new_zeros(shape) for key, shape in zeros.items()}
-        A, G = (like.new_zeros(columns, columns), like.new_zeros(out, out)) if kept is None else (kept.A, kept.G)
-        flags |= {"inverse_A_diagonal": torch.tensor(A.ndim == 1), "inverse_G_diagonal": torch.tensor(G.ndim == 1)}
-        return flags | {"inverse_A": _written_out(A), "inverse_G": _written_out(G)}
+            bases = (kept.QA, kept.QG) if isinstance(kept, Eigenbasis) else (None, None)
+            values = (kept.a, kept.g) if isinstance(kept, Eigenbasis) else (None, None)
+            for key, basis, value, shape in zip("AG", bases, values, shapes, strict=True):
+                flags[f"basis_{key}_known"] = torch.tensor(basis is not None)
+                if len(shape) > 1:
+                    flags[f"Q{key}"] = like.new_zeros(shape) if basis is None else basis
+                rows = shape[:-1] if len(shape) > 1 else shape
+                flags[key.lower()] = like.new_zeros(rows) if value is None else value
+            return flags
+        found = (kept.A, kept.G) if isinstance(kept, FactoredInverse) else [like.new_zeros(shape) for shape in shapes]
+        for key, M, shape in zip("AG", found, shapes, strict=True):
+            flags[f"inverse_{key}_diagonal"] = torch.tensor(M.ndim == 1)
+            flags[f"inverse_{key}"] = torch.diag(M) if M.ndim == 1 < len(shape) else M
+        return flags
 
     def load(self, name: str, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`, on a state whose keys and shapes were checked."""
@@ -108,11 +117,7 @@ class LayerInverses:
             self._kept[name] = Eigenbasis(QA, QG, a, g, torch.ones((), dtype=torch.bool, device=a.device))
             return
         A, G = (
-            (M.diagonal() if bool(state[f"inverse_{x}_diagonal"]) else M).clone()
+            (M.diagonal() if M.ndim == 2 and bool(state[f"inverse_{x}_diagonal"]) else M).clone()
             for x, M in (("A", state["inverse_A"]), ("G", state["inverse_G"]))
         )
         self._kept[name] = FactoredInverse(A, G, torch.ones((), dtype=torch.bool, device=A.device))
-
-
-def _written_out(M: Tensor) -> Tensor:
-    return torch.diag(M) if M.ndim == 1 else M

@@ -61,10 +61,9 @@ class KFAC(torch.optim.Optimizer):
         periods: T₃ and the early refreshes.
         guard: when an update is rejected, or None to accept every one.
         decay: the cap on ε in the decayed averages of the factors, ``ε = min(1 − 1/k, decay)``.
-        static_inputs: all inputs of the training set, where the first layers see them unchanged at every update: their
-            factor A is then computed once, exactly.
-        uncovered: what happens to trainable parameters that no factor covers: ``"error"``, ``"identity"`` or
-            ``"diagonal"``.
+        static_inputs: all inputs of the training set, where first layers see them unchanged: their A is computed once.
+        uncovered: trainable parameters that no factor covers: ``"error"``, ``"identity"`` or ``"diagonal"``.
+        sharing: how the positions of an example count, as for :func:`natgrad.kronecker_fisher`.
 
     Attributes:
         stats: of the last update: loss, rho, lambda, gamma, alpha, mu, step_norm, accepted; skipped, rejected, updates.
@@ -90,6 +89,7 @@ class KFAC(torch.optim.Optimizer):
         decay: float = 0.95,
         static_inputs: Any = None,
         uncovered: Uncovered = "error",
+        sharing: str | Mapping[str, str] = "expand",
         lr: float = 1.0,
     ) -> None:
         check_structure(structure, ("block_diagonal", "ekfac"), "KFAC")
@@ -105,13 +105,13 @@ class KFAC(torch.optim.Optimizer):
                 "period of the inverses"
             )
         view = ModelView(model, forward)
-        self._coverage = cover(view, uncovered=uncovered)
+        self._coverage = cover(view, uncovered, structure, sharing)
         super().__init__(list(view.parameters.items()), {"lr": lr})
         self.view, self.likelihood, self.structure = view, likelihood, structure
         self.l2, self.momentum, self.decay = l2, momentum, decay
         self.subsets, self.periods, self.guard = subsets, periods, guard
         self.layout = JointLayout(view, self._coverage)
-        self.capture = Capture(model, self._coverage.layers)
+        self.capture = Capture(model, self._coverage.blocks)
         chain = Chain.of(view)
         inverses = inverses_for(structure, self.damping.form)
         self._evaluator = Evaluator(

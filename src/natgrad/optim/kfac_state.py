@@ -31,7 +31,7 @@ def save_tensors(kfac: "KFAC") -> list[dict[str, Tensor]]:
         factors = kfac._running.factors
         if name in leaders:
             layer = leaders[name]
-            state |= save_layer(layer, kfac._coverage.layers[layer], factors.get(layer), kfac.proposals.inverses)
+            state |= save_layer(kfac._coverage.blocks[layer], factors.get(layer), kfac.proposals.inverses)
         elif name in kfac._evaluator.diagonal:
             block = factors.get(name)
             squares = diagonal(block.A) if block else torch.zeros_like(parameter)
@@ -137,5 +137,4 @@ def load(kfac: "KFAC", numbers: Mapping[str, Any], tensors: list[Mapping[str, Te
 
 def _leaders(kfac: "KFAC") -> dict[str, str]:
     """The first trainable parameter of every covered layer → the layer."""
-    members = kfac._coverage.members.items()
-    return {next(name for name in pair if name is not None): layer for layer, pair in members}
+    return {next(iter(block.members.values())): name for name, block in kfac._coverage.blocks.items()}

@@ -5,28 +5,30 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, to_dense
-from natgrad.curvature.kfac import trainable_parts
+from natgrad.layers.rules import Block
 from natgrad.optim.inverses import LayerInverses
 
 
-def save_layer(name: str, layer: nn.Linear, factors: Factors | None, inverses: LayerInverses) -> dict[str, Tensor]:
-    """Factors and inverse of one layer as dense matrices and flags.
+def save_layer(block: Block, factors: Factors | None, inverses: LayerInverses) -> dict[str, Tensor]:
+    """Factors and inverse of one layer as matrices and flags; what is diagonal by definition as vectors.
 
     The shapes depend on the layer alone, not on what was observed so far: a new object's state can be the template that
     ``torch.distributed.checkpoint.load`` fills. Tensors in use are not copied.
     """
-    weight, bias = trainable_parts(layer)
-    out, columns = layer.out_features, layer.in_features * weight + bias
-    like = torch.zeros((), dtype=torch.promote_types(layer.weight.dtype, torch.float32), device=layer.weight.device)
-    if factors is None:
-        factors = Factors(like.new_zeros(columns, columns), like.new_zeros(out, out))
+    like = torch.zeros((), dtype=block.dtype, device=next(iter(block.parameters.values())).device)
     state = {}
-    for key, factor in (("A", factors.A), ("G", factors.G)):
-        state[key], state[f"{key}_diagonal"] = to_dense(factor), torch.tensor(isinstance(factor, Diagonal))
-    return state | inverses.state(name, columns, out, like)
+    found = (None, None) if factors is None else (factors.A, factors.G)
+    for key, factor, shape in zip("AG", found, block.factor_shapes, strict=True):
+        factor = like.new_zeros(shape) if factor is None else factor
+        if isinstance(factor, Diagonal):
+            state[key] = factor.vector if len(shape) == 1 else to_dense(factor)
+        else:
+            state[key] = factor
+        state[f"{key}_diagonal"] = torch.tensor(isinstance(factor, Diagonal))
+    return state | inverses.state(block.name, block.factor_shapes, like)
 
 
 def load_factors(state: Mapping[str, Tensor]) -> Factors:
@@ -73,5 +75,7 @@ def same_shape(what: str, own: Tensor, other: Any) -> None:
 
 
 def _factor(layer: Mapping[str, Tensor], key: str) -> Tensor | Diagonal:
-    matrix = layer[key]
-    return Diagonal(matrix.diagonal().clone()) if bool(layer[f"{key}_diagonal"]) else matrix.clone()
+    found = layer[key]
+    if found.ndim == 1:
+        return Diagonal(found.clone())
+    return Diagonal(found.diagonal().clone()) if bool(layer[f"{key}_diagonal"]) else found.clone()

@@ -97,9 +97,9 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             raise ValueError(f"uncovered={uncovered!r}: {type(self).__name__} knows 'error' and 'identity'")
         check_likelihood(likelihood)
         self.view, self.likelihood = ModelView(model, forward), likelihood
-        self._coverage = cover(self.view, uncovered=uncovered)
+        self._coverage = cover(self.view, uncovered, structure="layerwise")
         super().__init__(list(self.view.parameters.items()), {"lr": lr, "momentum": momentum, "updates": 0})
-        self.capture = Capture(model, self._coverage.layers)
+        self.capture = Capture(model, self._coverage.blocks)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.view.device)
         self._checked = False
         self.stats = Stats()

@@ -4,11 +4,14 @@ The curvature acts on the joint matrix of a layer, the model on ``W`` and ``b`` 
 (+1)]`` gives both as views: nothing is concatenated or copied on the way from the gradient to the update.
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.layers.coverage import Coverage
+from natgrad.layers.rules import Block
 from natgrad.model_view import ModelView
 
 
@@ -23,24 +26,18 @@ class JointLayout:
     def __init__(self, view: ModelView, coverage: Coverage) -> None:
         parameters = view.parameters
         self.view = view
-        self.block_slices: dict[str, tuple[slice, tuple[int, int]]] = {}
-        self._members = coverage.members
-        self._columns: dict[str, tuple[str, slice | int]] = {}
+        self.block_slices: dict[str, tuple[slice, tuple[int, ...]]] = {}
+        self._blocks = coverage.blocks
         self._others: dict[str, tuple[slice, torch.Size]] = {}
         offset = 0
-        for layer_name, (weight, bias) in coverage.members.items():
-            layer = coverage.layers[layer_name]
-            rows, columns = layer.out_features, 0
-            if weight is not None:
-                columns = layer.in_features
-                self._columns[weight] = (layer_name, slice(0, columns))
-            if bias is not None:
-                self._columns[bias] = (layer_name, columns)
-                columns += 1
-            self.block_slices[layer_name] = (slice(offset, offset + rows * columns), (rows, columns))
-            offset += rows * columns
+        for name, block in coverage.blocks.items():
+            size = math.prod(block.shape)
+            _check_views(block)
+            self.block_slices[name] = (slice(offset, offset + size), block.shape)
+            offset += size
+        covered = {member for block in coverage.blocks.values() for member in block.members.values()}
         for name, parameter in parameters.items():
-            if name not in self._columns:
+            if name not in covered:
                 self._others[name] = (slice(offset, offset + parameter.numel()), parameter.shape)
                 offset += parameter.numel()
         self.size = offset
@@ -69,7 +66,7 @@ class JointLayout:
             return torch.stack([base @ r for r in right], dim=1).double()
         return torch.stack([torch.stack([torch.dot(x, r) for r in right]) for x in left]).double()
 
-    def blocks(self, flat: Float[Tensor, " size"]) -> dict[str, Float[Tensor, "out columns"]]:
+    def blocks(self, flat: Float[Tensor, " size"]) -> dict[str, Float[Tensor, "*stack out columns"]]:
         """Views of the joint matrices ``[W b]``, by layer."""
         kept = self._kept.get(id(flat))
         if kept is not None and kept[0] is flat:
@@ -81,26 +78,31 @@ class JointLayout:
         kept = self._kept.get(id(flat))
         if kept is not None and kept[0] is flat:
             return kept[2]
-        blocks = self.blocks(flat)
-        views: dict[str, Tensor] = {}
-        for name in self.names:
-            if name in self._columns:
-                layer, columns = self._columns[name]
-                views[name] = blocks[layer][:, columns]
-            else:
-                where, shape = self._others[name]
-                views[name] = flat[where].view(shape)
-        return views
+        views = self.others(flat)
+        for name, V in self.blocks(flat).items():
+            block = self._blocks[name]
+            views |= {block.members[key]: part for key, part in block.from_matrix(V).items()}
+        return {name: views[name] for name in self.names}
 
     def others(self, flat: Float[Tensor, " size"]) -> dict[str, Tensor]:
         """Views of the parameters that no layer block holds."""
         return {name: flat[where].view(shape) for name, (where, shape) in self._others.items()}
 
-    def joint(self, layer: str) -> Float[Tensor, "out columns"]:
+    def joint(self, layer: str) -> Float[Tensor, "*stack out columns"]:
         """The present ``[W b]`` of a layer, as a new matrix."""
-        parameters = self.view.parameters
-        parts = [parameters[name].detach() for name in self._members[layer] if name is not None]
-        return torch.cat([part if part.ndim == 2 else part[:, None] for part in parts], dim=1)
+        block = self._blocks[layer]
+        return block.to_matrix({name: p.detach() for name, p in block.parameters.items()}).clone()
+
+
+def _check_views(block: Block) -> None:
+    """Refuse a block whose parameters are no views of its matrix."""
+    V = torch.empty(block.shape, device="meta")
+    for name, part in block.from_matrix(V).items():
+        if not part._is_view():
+            raise ValueError(
+                f"{block.members[name]}: the rule of {type(block.layer).__name__} copies it out of the block's matrix, "
+                "where a view is needed; use natgrad.Preconditioner"
+            )
 
 
 def _in_order(rows: list[Tensor]) -> bool:

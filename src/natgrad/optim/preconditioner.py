@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from natgrad.curvature.base import Statistics, diagonal, factors_from
 from natgrad.curvature.cotangents import Expectation, check_expectation, validate_targets
-from natgrad.curvature.kfac import check_captured, collect, statistics_from, trainable_parts
+from natgrad.curvature.kfac import check_captured, collect, statistics_from
 from natgrad.curvature.running import RunningFactors
+from natgrad.curvature.uncovered import couples_examples
 from natgrad.damping import check_damping
+from natgrad.layers.bare import BareRule
 from natgrad.layers.capture import Capture
 from natgrad.layers.coverage import Coverage, cover
 from natgrad.layers.watch import Watch
@@ -29,8 +31,8 @@ from natgrad.optim.structures import check_structure, form_for, inverses_for
 class Preconditioner:
     r"""Replaces gradients by ``U = ν (F̆ + λ I)^{-1} ∇h``, for an optimiser of your own to use as its gradients.
 
-    F̆ is the block-diagonal Kronecker-factored Fisher matrix [KFAC, sec. 3, 4.2] of the model's ``nn.Linear`` layers,
-    as a decayed average over batches::
+    F̆ is the block-diagonal Kronecker-factored Fisher matrix [KFAC, sec. 3, 4.2] of the model's layers (see the page
+    "Layers"), as a decayed average over batches::
 
         z = model(x)
         loss = likelihood.nll(z, y)
@@ -59,6 +61,7 @@ class Preconditioner:
         scaling: ν; None for 1.
         expectation: ``"sampled"``, ``"exact"`` or ``"empirical"`` (which needs y).
         decay: the cap on ε in the decayed averages of the factors, ``ε = min(1 − 1/k, decay)``.
+        sharing: how the positions of an example count, as for :func:`natgrad.kronecker_fisher`.
 
     Attributes:
         stats: of the last step, read from the device on access: ``steps``, ``damping``, ``nu``, ``skipped`` (estimates
@@ -66,7 +69,7 @@ class Preconditioner:
             left as it was, because they have no inverse yet).
 
     Raises:
-        ValueError: a setting out of range, no ``nn.Linear`` layer to cover, or an uncovered parameter (it is named).
+        ValueError: a setting out of range, no layer to cover, or an uncovered parameter (it is named).
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Preconditioner:
         scaling: KLClip | None = KLClip(),
         expectation: Expectation = "sampled",
         decay: float = 0.95,
+        sharing: str | Mapping[str, str] = "expand",
     ) -> None:
         check_structure(structure, ("block_diagonal", "ekfac"), "Preconditioner")
         if uncovered not in ("error", "identity"):
@@ -92,21 +96,18 @@ class Preconditioner:
         check_expectation(likelihood, expectation, targets=(), samples=1)
         self.view, self.likelihood = ModelView(model, forward), likelihood
         self.damping, self.periods, self.scaling, self.expectation = damping, periods, scaling, expectation
-        self._coverage = cover(self.view, uncovered=uncovered)
-        if not self._coverage.layers:
-            raise ValueError(
-                f"model: {type(self.view.module).__name__} has no trainable nn.Linear layer to precondition"
-            )
-        self.capture = Capture(model, self._coverage.layers)
+        self._coverage = cover(self.view, uncovered, structure, sharing)
+        if not self._coverage.blocks:
+            raise ValueError(f"model: {type(self.view.module).__name__} has no trainable layer to precondition")
+        self.capture = Capture(model, self._coverage.blocks)
         self._watch = Watch(self.view.module, self.capture)
         self._generator = torch.Generator(device=self.view.device).manual_seed(seed)
         self._running = RunningFactors(decay)
         self._inverses = inverses_for(structure, form_for(structure, form))
-        self._parts = {name: trainable_parts(layer) for name, layer in self._coverage.layers.items()}
         self._pending: Statistics | None = None
         self._steps = 0
         self._observed = False
-        self._checked: set[str] = set()
+        self._unchecked = {n for n, block in self._coverage.blocks.items() if not isinstance(block.rule, BareRule)}
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.view.device)
         self.stats = Stats()
 
@@ -161,9 +162,9 @@ class Preconditioner:
         self._check_parts()
         record = self._watch.take(z)
         try:
-            if any(calls == 0 for name, calls in record.calls.items() if name not in self._checked):
+            if self._unchecked:
                 check_captured(record, z)
-            self._checked.update(record.calls)
+                self._unchecked -= {name for name, calls in record.calls.items() if calls}
             validate_targets(self.likelihood, z.detach(), y)
             statistics = statistics_from(
                 record,
@@ -174,6 +175,7 @@ class Preconditioner:
                 expectation=self.expectation,
                 generator=self._generator,
                 bases=self._inverses.bases,
+                coupled=couples_examples(self.view.module),
             )
         except RuntimeError as error:
             if "second time" in str(error):
@@ -288,32 +290,25 @@ class Preconditioner:
             }
         )
 
-    def _members(self, name: str) -> tuple[Tensor | None, Tensor | None]:
-        """The trainable weight and bias of a layer, None for one that is not trained."""
-        layer, (weight, bias) = self._coverage.layers[name], self._parts[name]
-        return layer.weight if weight else None, layer.bias if bias else None
-
-    def _gradient(self, name: str) -> Float[Tensor, "out columns"] | None:
-        """``[∂h/∂W ∂h/∂b]``, or None where neither has a gradient."""
-        columns = []
-        members = [p for p in self._members(name) if p is not None]
-        if all(p.grad is None for p in members):
+    def _gradient(self, name: str) -> Float[Tensor, "*stack out columns"] | None:
+        """The gradient as the matrix of a block, ``[∂h/∂W ∂h/∂b]``; None where no parameter of it has a gradient."""
+        block = self._coverage.blocks[name]
+        members = block.parameters
+        if all(p.grad is None for p in members.values()):
             return None
-        for p in members:
-            gradient = torch.zeros_like(p) if p.grad is None else p.grad
-            columns.append(gradient if p.ndim == 2 else gradient[:, None])
-        return torch.cat(columns, dim=1) if len(columns) > 1 else columns[0]
+        return block.to_matrix({k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in members.items()})
 
-    def _write(self, name: str, U: Float[Tensor, "out columns"]) -> None:
-        weight, bias = self._members(name)
-        if weight is not None and weight.grad is not None:
-            weight.grad.copy_(U[:, : weight.shape[1]])
-        if bias is not None and bias.grad is not None:
-            bias.grad.copy_(U[:, -1])
+    def _write(self, name: str, U: Float[Tensor, "*stack out columns"]) -> None:
+        block = self._coverage.blocks[name]
+        members = block.parameters
+        for key, part in block.from_matrix(U).items():
+            gradient = members[key].grad
+            if gradient is not None:
+                gradient.copy_(part)
 
     def _check_parts(self) -> None:
-        for name, layer in self._coverage.layers.items():
-            if trainable_parts(layer) != self._parts[name]:
+        for name, block in self._coverage.blocks.items():
+            if block.trained != tuple(block.members):
                 raise ValueError(
                     f"layer {name!r}: requires_grad of its parameters changed since the Preconditioner was made, so "
                     "its factors would no longer fit; make a new Preconditioner after freezing or unfreezing"

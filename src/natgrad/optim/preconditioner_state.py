@@ -28,8 +28,8 @@ def save(pre: "Preconditioner") -> dict[str, Any]:
         "updates": zero if pre._running.updates is None else pre._running.updates,
         "generator": pre._generator.get_state(),
         "layers": {
-            name: save_layer(name, layer, pre._running.factors.get(name), pre._inverses)
-            for name, layer in pre._coverage.layers.items()
+            name: save_layer(block, pre._running.factors.get(name), pre._inverses)
+            for name, block in pre._coverage.blocks.items()
         },
     }
 

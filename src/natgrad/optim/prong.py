@@ -62,7 +62,7 @@ class PRONG:
             raise ValueError(f"examples={examples}: expected a positive number of rows, or None")
         self.view = ModelView(model)
         self.every, self.damping, self.examples = every, float(damping), examples
-        covered = cover(self.view, uncovered="identity")
+        covered = cover(self.view, uncovered="identity", structure="layerwise")
         plain = {
             name: layer
             for name, layer in covered.layers.items()

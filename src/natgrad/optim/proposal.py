@@ -56,7 +56,9 @@ class Proposals:
     def wants_rows(self, rows: int) -> bool:
         """Whether any layer's proposal is cheaper from the rows of the batch than from its gradient [KFAC, sec. 8]."""
         shapes = [shape for _, shape in self.layout.block_slices.values()]
-        return not isinstance(self.form, ExactTikhonov) and any(low_rank_pays(rows, *shape) for shape in shapes)
+        return not isinstance(self.form, ExactTikhonov) and any(
+            low_rank_pays(rows, *shape) for shape in shapes if len(shape) == 2
+        )
 
     def write(
         self, evaluation: Evaluation, damping: Float[Tensor, ""], into: Float[Tensor, " size"], *, fresh: bool = False

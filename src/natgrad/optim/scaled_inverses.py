@@ -1,6 +1,6 @@
 """EKFAC's inverses: eigenbases that are renewed now and then, second moments that follow every estimate."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,10 +79,10 @@ class ScaledInverses(LayerInverses):
         kept = self._kept.get(name)
         return ExactInverse(kept, damping, self.scalings[name]) if isinstance(kept, Eigenbasis) else None
 
-    def state(self, name: str, columns: int, out: int, like: Tensor) -> dict[str, Tensor]:
+    def state(self, name: str, shapes: tuple[Sequence[int], Sequence[int]], like: Tensor) -> dict[str, Tensor]:
         """What a checkpoint needs of one layer; the shapes do not depend on whether there is a basis yet."""
         S = self.scalings.get(name)
-        return super().state(name, columns, out, like) | {"S": like.new_zeros(out, columns) if S is None else S}
+        return super().state(name, shapes, like) | {"S": like.new_zeros(shapes[1][0], shapes[0][0]) if S is None else S}
 
     def load(self, name: str, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`, on a state whose keys and shapes were checked."""

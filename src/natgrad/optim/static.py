@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from natgrad.curvature.kfac import trainable_parts
 from natgrad.layers.capture import Record
 from natgrad.layers.factors import input_moment
+from natgrad.layers.linear import LinearRule
 from natgrad.model_view import batch_size, tensor_leaves
 
 _ROWS_AT_ONCE = 4096
@@ -75,6 +76,9 @@ def _fed_by(record: Record, inputs: Any) -> dict[str, tuple[int, int]]:
     leaves = tensor_leaves(inputs)
     found: dict[str, tuple[int, int]] = {}
     for name, calls in record.inputs.items():
+        block = record.blocks[name]
+        if type(block.rule) is not LinearRule or block.sharing != "expand":
+            continue
         for index, leaf in enumerate(leaves):
             a = calls[0]
             whole = len(calls) == 1 and a.numel() == leaf.numel() and a.data_ptr() == leaf.data_ptr()

@@ -1,0 +1,103 @@
+"""A layer's sums from its calls: what the rules give, for the leading examples of a pass, added up in place."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.curvature.base import LayerSums
+from natgrad.layers.rules import Block, DiagonalRule, KroneckerRule, Use
+
+# Examples whose derivatives are taken one by one, in one vectorised backward pass.
+_EXAMPLES_AT_ONCE = 16
+
+
+def input_sums(
+    block: Block, uses: Sequence[Use], rows: int, factor: Tensor | None = None, *, outputs: bool = True
+) -> LayerSums:
+    """``Σ ā āᵀ`` over the calls of a layer for the leading examples, with a G of zeros.
+
+    The sums of a :class:`DiagonalRule` start with an A of zeros, and a G that makes ``A ⊗ G`` the sum over the count.
+
+    Args:
+        block: of the layer.
+        uses: its calls, of the leading examples alone or with a share of them (see :func:`leading_use`).
+        rows: the number of leading examples.
+        factor: A where it is known: the sum is then that many times A.
+        outputs: whether G is a matrix; otherwise it is left empty, for who knows its diagonal.
+    """
+    a_shape, g_shape = block.factor_shapes
+    like = next(iter(block.parameters.values())).detach()
+    if isinstance(block.rule, DiagonalRule):
+        return LayerSums(
+            like.new_zeros(a_shape, dtype=block.dtype), like.new_full((1,), rows, dtype=block.dtype), float(rows)
+        )
+    assert isinstance(block.rule, KroneckerRule)  # for the type checker
+    total: Tensor | None = None
+    used: float | Tensor = 0.0
+    for use in uses:
+        moment, count = block.rule.input_sum(block, use)
+        if factor is None:
+            moment = moment if use.share == 1 else moment.mul_(use.share)
+            total = moment if total is None else total.add_(moment)
+        used += use.share * count
+    if factor is not None:
+        total = factor.to(block.dtype) * rows
+    elif total is None:
+        total = like.new_zeros(a_shape, dtype=block.dtype)
+    return LayerSums(total, total.new_zeros(g_shape if outputs else g_shape[-1:]), used)
+
+
+def add_outputs(
+    sums: LayerSums, block: Block, uses: Sequence[Use], gradients: list[Tensor], rows: int, batch: int
+) -> None:
+    """Add ``Σ g gᵀ`` over the calls, or for a diagonal rule the squares of the examples' gradients."""
+    rule = block.rule
+    if isinstance(rule, KroneckerRule):
+        for use, g in zip(uses, gradients, strict=True):
+            # Rows of other examples hold zeros: where they cannot be told apart they do no harm.
+            rule.output_sum(block, use, leading_examples(g, rows, batch)[0] if use.arrange is None else g, sums.G)
+    elif isinstance(rule, DiagonalRule):
+        parts = [
+            rule.per_example(block, use, leading_examples(g, rows, batch)[0])
+            for use, g in zip(uses, gradients, strict=True)
+        ]
+        if all(part.shape == parts[0].shape for part in parts):  # an example's gradient is the sum over the calls
+            parts = [torch.stack(parts).sum(0)] if len(parts) > 1 else parts
+        for part in parts:
+            sums.A.add_(part.square().sum(0))
+
+
+def leading_use(use: Use, rows: int, batch: int) -> Use:
+    """A call of a layer for the leading examples, where they can be told apart (see :func:`leading_examples`)."""
+    if rows == batch:
+        return use
+    a, share = leading_examples(use.input, rows, batch)
+    shape = use.output_shape
+    if share == 1 and use.arrange is None and shape[:1] == (batch,):
+        shape = torch.Size((rows, *shape[1:]))
+    return replace(use, input=a, output_shape=shape, share=share)
+
+
+def example_by_example(stack: Float[Tensor, "k rows ..."]) -> Iterator[Float[Tensor, "m rows ..."]]:
+    """The same cotangents, each of one example alone: the others are zero."""
+    for cotangent in stack:
+        for start in range(0, cotangent.shape[0], _EXAMPLES_AT_ONCE):
+            index = torch.arange(start, min(start + _EXAMPLES_AT_ONCE, cotangent.shape[0]), device=stack.device)
+            alone = cotangent.new_zeros(len(index), *cotangent.shape)
+            alone[index - start, index] = cotangent[index]
+            yield alone
+
+
+def leading_examples(x: Tensor, rows: int, batch: int) -> tuple[Tensor, float]:
+    """The first ``rows`` examples of a tensor, and the share of them in what is returned.
+
+    The examples are in dimension 0. A tensor with another one (positions first, examples and positions flattened) is
+    returned whole: then the share is ``rows / batch``, by which a sum over all of its rows estimates that over the
+    leading examples.
+    """
+    if rows == batch:
+        return x, 1.0
+    return (x[:rows], 1.0) if x.ndim > 1 and x.shape[0] == batch else (x, rows / batch)

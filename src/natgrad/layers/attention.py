@@ -1,0 +1,152 @@
+r"""The projections inside ``nn.MultiheadAttention``, which the module uses without calling a layer.
+
+Two blocks: ``NAME.in_proj``, a stack of the three projections of query, key and value, and ``NAME.out_proj``. What
+goes into them and comes out is seen by running torch's own attention function with a ``linear`` that keeps record,
+in recorded passes alone.
+"""
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from natgrad.layers.factors import flatten_rows, input_moment, second_moment
+from natgrad.layers.linear import LinearRule
+from natgrad.layers.rules import Block, KroneckerRule, Use
+
+# (which projection: "in_proj" or "out_proj", input, output, slot, arrange)
+Seen = Callable[[str, Tensor, Tensor, slice | None, Callable[[Tensor], Tensor]], None]
+
+
+class OutProjectionRule(LinearRule):
+    """``out_proj``, a linear layer that is never called."""
+
+    structures = ("block_diagonal",)
+    captured = False
+
+    def parameters(self, layer: Any) -> dict[str, nn.Parameter]:
+        """Weight and bias of ``out_proj``."""
+        return super().parameters(layer.out_proj)
+
+    def shape(self, layer: Any, names: Any) -> tuple[int, ...]:
+        """(out, in (+1))."""
+        return super().shape(layer.out_proj, names)
+
+    def to_matrix(self, layer: Any, parts: Mapping[str, Tensor]) -> Tensor:
+        """``[W b]``."""
+        return super().to_matrix(layer.out_proj, parts)
+
+    def from_matrix(self, layer: Any, V: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """W and b."""
+        return super().from_matrix(layer.out_proj, V, names)
+
+
+class InProjectionRule(KroneckerRule):
+    """The projections of query, key and value: a stack of three blocks, each with its own A and G."""
+
+    attributes = ("in_proj_weight", "in_proj_bias")
+    captured = False
+
+    def refuse(self, layer: Any) -> str | None:
+        """Keys and values of other widths have weights of their own."""
+        return None if layer._qkv_same_embed_dim else "with kdim or vdim, whose projections have other shapes"
+
+    def rows(self, use: Use) -> Float[Tensor, "examples positions in"]:
+        """The input, examples first."""
+        return use.input.reshape(use.input.shape[0], -1, use.input.shape[-1])
+
+    def gradient_rows(self, use: Use, g: Tensor) -> Float[Tensor, "examples positions out"]:
+        """The derivatives of the projections that the call made, side by side."""
+        g = use.gradient(g)
+        return g.reshape(g.shape[0], -1, g.shape[-1])
+
+    def input_sum(self, block: Block, use: Use) -> tuple[Tensor, Tensor]:
+        """``Σ ā āᵀ`` for the projections of the call, zero for the others; and the numbers of rows."""
+        weight, bias = "in_proj_weight" in block.members, "in_proj_bias" in block.members
+        a = self.rows(use).to(block.dtype)
+        a = a.mean(1) if block.sharing == "reduce" else flatten_rows(a)
+        moment = input_moment(a, weight, bias)
+        total, rows = a.new_zeros(3, *moment.shape), a.new_zeros(3, 1, 1)
+        total[use.slot], rows[use.slot] = moment, float(a.shape[0])
+        return total, rows
+
+    def output_sum(self, block: Block, use: Use, g: Tensor, total: Tensor) -> None:
+        """Add ``Σ g gᵀ`` to the projections that the call made."""
+        g = self.gradient_rows(use, g).to(total.dtype)
+        g = g.sum(1) if block.sharing == "reduce" else flatten_rows(g)
+        part = total[use.slot]
+        for own, rows in zip(part, g.chunk(part.shape[0], dim=1), strict=True):
+            second_moment(rows, out=own)
+
+    def shape(self, layer: Any, names: Sequence[str]) -> tuple[int, ...]:
+        """(3, width, width (+1))."""
+        width = layer.embed_dim
+        return 3, width, ("in_proj_weight" in names) * width + ("in_proj_bias" in names)
+
+    def to_matrix(self, layer: Any, parts: Mapping[str, Tensor]) -> Tensor:
+        """``[W b]`` of the three projections."""
+        columns = [p if name == "in_proj_weight" else p[:, None] for name, p in parts.items()]
+        V = torch.cat(columns, dim=1) if len(columns) > 1 else columns[0]
+        return V.unflatten(0, (3, -1))
+
+    def from_matrix(self, layer: Any, V: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """The joint weight and bias."""
+        V, parts = V.flatten(0, 1), {}
+        if "in_proj_weight" in names:
+            parts["in_proj_weight"] = V[:, : layer.embed_dim]
+        return parts | ({"in_proj_bias": V[:, -1]} if "in_proj_bias" in names else {})
+
+
+class Interceptor(TorchFunctionMode):
+    """Runs ``nn.MultiheadAttention``'s function and reports the inputs and outputs of its projections.
+
+    Args:
+        layer: the module whose forward pass runs inside.
+        seen: called for every projection.
+    """
+
+    def __init__(self, layer: nn.MultiheadAttention, seen: Seen) -> None:
+        super().__init__()
+        self.layer, self.seen = layer, seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let everything pass but the attention function."""
+        if func is F.multi_head_attention_forward:
+            return _attention_with(self._linear(args[0]))(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, query: Tensor) -> Callable[..., Tensor]:
+        layer, seen = self.layer, self.seen
+        examples = query.shape[1] if query.ndim == 3 else 1
+
+        def arrange(x: Tensor) -> Tensor:
+            """[positions, examples, d], or both flattened, with the examples first."""
+            return x.reshape(-1, examples, x.shape[-1]).transpose(0, 1)
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            out = F.linear(x, weight, bias)
+            if weight is layer.out_proj.weight:
+                seen("out_proj", arrange(x), out, None, arrange)
+            elif layer.in_proj_weight is not None:
+                first = weight.storage_offset() - layer.in_proj_weight.storage_offset()
+                start = first // layer.in_proj_weight.stride(0) // layer.embed_dim
+                seen("in_proj", arrange(x), out, slice(start, start + len(weight) // layer.embed_dim), arrange)
+            return out
+
+        return linear
+
+
+def _attention_with(linear: Callable[..., Tensor]) -> Callable[..., Any]:
+    """torch's attention function with another ``linear``: the same code, with names of its own."""
+    names = {**vars(F), "linear": linear, "has_torch_function": lambda *_: False}
+    for name in ("_in_projection_packed", "_in_projection", "multi_head_attention_forward"):
+        original = getattr(F, name)
+        copied = types.FunctionType(original.__code__, names, name, original.__defaults__, original.__closure__)
+        copied.__kwdefaults__ = original.__kwdefaults__
+        names[name] = copied
+    return names["multi_head_attention_forward"]

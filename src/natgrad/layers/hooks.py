@@ -1,0 +1,106 @@
+"""The forward hooks that a capture puts on layers. They hold it weakly, and copies of them are inert."""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.layers.attention import Interceptor
+
+
+class LayerHook:
+    """The forward hook of one layer. Copies are inert: they belong to no capture."""
+
+    def __init__(self, capture: Any, name: str = "", layer: nn.Module | None = None) -> None:
+        self._capture = weakref.ref(capture) if capture is not None else None
+        self._layer = weakref.ref(layer) if layer is not None else None
+        self._name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """Record the call."""
+        capture = self._recording(module)
+        if capture is not None:
+            assert capture._record is not None  # for the type checker
+            a = args[0] if args else next(iter(kwargs.values()))
+            capture._record._add(self._name, a, output, module)
+
+    def _recording(self, module: nn.Module) -> Any:
+        """The capture, where it records this call."""
+        if torch.compiler.is_compiling() or self._capture is None:
+            return None
+        capture = self._capture()
+        if capture is None or capture._record is None or self._layer is None or self._layer() is not module:
+            return None
+        if torch._C._current_graph_task_id() != -1:  # activation checkpointing recomputes the forward pass
+            return None
+        return capture
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerHook":
+        return type(self)(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None,)
+
+
+class EnterAttention(LayerHook):
+    """Before a call of ``nn.MultiheadAttention``: its projections are recorded until the call ends.
+
+    Args:
+        capture: that records.
+        layer: the module.
+        names: of its blocks by the names of the projections, ``"in_proj"`` and ``"out_proj"``.
+        running: shared with the hook that ends the call.
+    """
+
+    def __init__(self, capture: Any, layer: Any = None, names: Any = None, running: Any = None) -> None:
+        super().__init__(capture, "", layer)
+        self._names, self._running = names, running
+
+    def __call__(self, module: Any, args: tuple[Any, ...]) -> None:  # pyrefly: ignore[bad-override]
+        """Begin."""
+        capture = self._recording(module)
+        if capture is None:
+            return
+        record, names = capture._record, self._names
+
+        def seen(which: str, a: Tensor, output: Tensor, slot: slice | None, arrange: Any) -> None:
+            if which in names:
+                record._add(names[which], a, output, module, slot, arrange)
+
+        mode = Interceptor(module, seen)
+        mode.__enter__()
+        self._running.append(mode)
+
+
+class LeaveAttention(LayerHook):
+    """After a call of ``nn.MultiheadAttention``, also one that failed.
+
+    Args:
+        capture: that records.
+        layer: the module.
+        running: of the hook that began the call.
+    """
+
+    def __init__(self, capture: Any, layer: Any = None, running: Any = None) -> None:
+        super().__init__(capture, "", layer)
+        self._running = running
+
+    def __call__(self, module: Any, args: Any, output: Any) -> None:  # pyrefly: ignore[bad-override]
+        """End."""
+        if self._running:
+            self._running.pop().__exit__(None, None, None)
+
+
+def around_attention(capture: Any, layer: nn.Module, names: Mapping[str, str]) -> tuple[EnterAttention, LeaveAttention]:
+    """The pair of hooks that records one attention module."""
+    running: list[Interceptor] = []
+    return EnterAttention(capture, layer, names, running), LeaveAttention(capture, layer, running)
+
+
+def foreign_hooks(module: nn.Module) -> bool:
+    """Whether somebody else's hooks may change what goes into a module, comes out of it or flows back."""
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return any(not isinstance(hook, LayerHook) for hook in module._forward_hooks.values())

@@ -1,0 +1,64 @@
+"""Which rule covers which kind of layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from natgrad.layers.rules import Block, LayerRule, Sharing
+
+# Kind → name of a block within the layer ("" for the only one) → its rule.
+_RULES: dict[type[nn.Module], dict[str, LayerRule]] = {}
+
+
+def register_layer(kind: type[nn.Module], rule: LayerRule | Mapping[str, LayerRule]) -> None:
+    """Cover layers of a kind of your own, everywhere in natgrad from now on.
+
+    A layer is covered by the rule of its own class; one that inherits from it is covered too as long as it keeps the
+    ``forward``, for otherwise it may compute something else. A rule for a class of ``torch.nn`` replaces natgrad's.
+
+    Args:
+        kind: the class of the layers.
+        rule: an object of a :class:`natgrad.layers.KroneckerRule` or :class:`natgrad.layers.DiagonalRule`.
+            For a layer with several blocks: a mapping from their names.
+
+    Raises:
+        TypeError: ``kind`` is no class of modules, or ``rule`` no object of a rule.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"kind: expected a subclass of torch.nn.Module, got {kind!r}")
+    rules = dict(rule) if isinstance(rule, Mapping) else {"": rule}
+    for found in rules.values():
+        if not isinstance(found, LayerRule):
+            what = f"the class {found.__name__}; make an object of it" if isinstance(found, type) else repr(found)
+            raise TypeError(f"rule: expected an object of a KroneckerRule or DiagonalRule, got {what}")
+    _RULES[kind] = rules
+
+
+def rules_for(layer: nn.Module) -> Mapping[str, LayerRule] | None:
+    """The rules of a layer's kind by the names of their blocks, or None where no rule covers it."""
+    for kind in type(layer).__mro__:
+        if kind in _RULES:
+            own = type(layer).forward is kind.forward and "forward" not in vars(layer)
+            return _RULES[kind] if own else None
+    return None
+
+
+def known_kind(layer: nn.Module) -> bool:
+    """Whether a layer is of a known kind or inherits from one."""
+    return any(kind in _RULES for kind in type(layer).__mro__)
+
+
+def block_of(name: str, layer: Any, sharing: Sharing = "expand") -> Block:
+    """The block of a layer by itself; its parameters have the names of the attributes.
+
+    Raises:
+        TypeError: no rule covers the layer's kind, or several blocks belong to it.
+    """
+    rules = rules_for(layer)
+    if rules is None or list(rules) != [""]:
+        raise TypeError(f"{name}: no single rule covers {type(layer).__name__}; see natgrad.register_layer")
+    rule = rules[""]
+    prefix = f"{name}." if name else ""
+    members = {key: prefix + key for key, p in rule.parameters(layer).items() if p.requires_grad}
+    return Block(name, rule, (layer,), members, sharing)
