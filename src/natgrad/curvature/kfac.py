@@ -18,7 +18,7 @@ from natgrad.curvature.inverse import (
     eigenbasis,
     invert_block,
 )
-from natgrad.curvature.layer_sums import add_outputs, example_by_example, input_sums, leading_use
+from natgrad.curvature.layer_sums import add_outputs, example_by_example, input_sums, leading_examples, leading_use
 from natgrad.curvature.pairs import PairSums
 from natgrad.curvature.uncovered import couples_examples
 from natgrad.layers.bare import BareRule
