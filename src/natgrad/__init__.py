@@ -24,7 +24,10 @@ from natgrad.optim.centered import CenteredSGD
 from natgrad.optim.hessian_free import HessianFree
 from natgrad.optim.kfac import KFAC
 from natgrad.optim.krylov_descent import KrylovDescent
+from natgrad.optim.krylov_preconditioner import KroneckerPreconditioner
+from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.nesterov import NesterovSGD
+from natgrad.optim.newton import KrylovSolver
 from natgrad.optim.preconditioned import Preconditioned
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.prong import PRONG
@@ -56,8 +59,11 @@ __all__ = [
     "Jacobian",
     "KLClip",
     "KrylovDescent",
+    "KroneckerPreconditioner",
+    "KrylovSolver",
     "LevenbergMarquardt",
     "Likelihood",
+    "NaturalGradient",
     "NesterovSGD",
     "Periods",
     "Poisson",

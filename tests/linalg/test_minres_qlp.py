@@ -30,6 +30,7 @@ def test_equals_the_minimum_norm_solution(seed):
     assert (solution.x - expected).norm() <= 2e-6 * condition * expected.norm()
     assert solution.x.norm() <= (1 + 1e-6 * condition) * expected.norm()
     residual = b - A @ solution.x
+    torch.testing.assert_close(solution.residual, residual, rtol=1e-6, atol=1e-9 * condition)
     torch.testing.assert_close(solution.residual_norm, residual.norm(), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(solution.residual_norm, (b - A @ expected).norm(), rtol=1e-6, atol=1e-9)
 

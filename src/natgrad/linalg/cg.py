@@ -110,6 +110,7 @@ def cg(
         reason=rules[code - _FIRST_RULE].name if code >= _FIRST_RULE else _NAMES.get(code, "max_iters"),
         residual_norm=residual_norm,
         rhs_norm=rhs_norm,
+        residual=system.unflatten(r),
         model_values=tuple(values[: iterations + 1]),
         direction=system.unflatten(p) if negative else None,
         curvature=curvature / torch.dot(p, p) if negative else None,

@@ -30,6 +30,7 @@ class Solution:
             ``"ill_conditioned"``.
         residual_norm: ‖b − A x‖ as the solver's recurrence has it; a 0-d tensor.
         rhs_norm: ‖b‖.
+        residual: b − A x, in the form of b; ``xᵀA x = xᵀ(b − residual)`` costs no product.
         model_values: ``½ xᵀA x − bᵀx`` after 0, 1, … iterations, from :func:`cg`.
         direction: where ``pᵀA p ≤ 0`` ended :func:`cg`: that direction p, in the form of b.
         curvature: ``pᵀA p / pᵀp`` of that direction; a 0-d tensor.
@@ -43,6 +44,7 @@ class Solution:
     reason: str
     residual_norm: Float[Tensor, ""]
     rhs_norm: Float[Tensor, ""]
+    residual: Any
     model_values: tuple[Float[Tensor, ""], ...] = ()
     direction: Any = None
     curvature: Float[Tensor, ""] | None = None

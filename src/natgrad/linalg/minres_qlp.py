@@ -75,6 +75,7 @@ class _Run:
         self.needs_model = any(rule.needs_model for rule in rules)
         self.model_values: list[float] = []
         self.kept: dict[int, Tensor] = {}
+        self.dropped = False
 
     def begin(self) -> str | None:
         """The first Lanczos vector; a reason where there is nothing to do."""
@@ -95,7 +96,7 @@ class _Run:
         if not all(map(math.isfinite, (self.rhs_norm, self.residual_norm, squared))):
             return "non_finite"
         if self.rhs_norm == 0:
-            self.start, self.residual_norm = torch.zeros_like(b), 0.0
+            self.start, self.r, self.residual_norm = torch.zeros_like(b), b, 0.0
             return "zero_rhs"
         if self.residual_norm <= self.tol * self.rhs_norm:
             return "converged"
@@ -134,11 +135,10 @@ class _Run:
         self._rotate(v)
         self.y_before, self.y, self.z = self.y, y, z
         if reason is not None:
+            self.dropped = True
             return reason
         self.residual_norm = residual_norm
-        if self.needs_model or self.system.preconditioned:
-            factor = 0.0 if ended else -s.phi * s.c / s.beta
-            self.r = (self.r * s.s**2).add_(y, alpha=factor)
+        self.r = (self.r * s.s**2).add_(y, alpha=0.0 if ended else -s.phi * s.c / s.beta)
         if self.needs_model:
             self._append_model_value()
         if self.k in self.system.store:
@@ -152,8 +152,9 @@ class _Run:
     def solution(self, reason: str) -> Solution:
         """What the solver returns."""
         system, x = self.system, self.x()
-        if reason in ("least_squares", "ill_conditioned") and system.preconditioned:
-            residual_norm = torch.linalg.vector_norm(system.b - system.product(x))
+        if self.dropped:  # the recurrence of the residual does not know of that
+            self.r = system.b - system.product(x)
+            residual_norm = torch.linalg.vector_norm(self.r)
         else:
             residual_norm = system.b.new_tensor(self.residual_norm)
         kept = self.kept | ({self.k: x} if system.store else {})
@@ -163,6 +164,7 @@ class _Run:
             reason=reason,
             residual_norm=residual_norm,
             rhs_norm=system.b.new_tensor(self.rhs_norm),
+            residual=system.unflatten(self.r),
             model_values=tuple(system.b.new_tensor(value) for value in self.model_values),
             iterates={i: system.unflatten(v) for i, v in kept.items()},
             matrix_norm=self.scalars.norm,

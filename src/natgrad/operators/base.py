@@ -122,10 +122,15 @@ class LinearOperator:
             u = self.T._flattened(u)
         if isinstance(v, Mapping):
             v = self._flattened(v)
-        v = u if v is None else v
         self.T._check(u)
-        self._check(v)
-        form = self._form(u if u.ndim == 2 else u[:, None], v if v.ndim == 2 else v[:, None])
+        left = u if u.ndim == 2 else u[:, None]
+        if v is None or v is u:  # one object, so that a subclass can see that both sides are the same
+            self._check(u)
+            v, right = u, left
+        else:
+            self._check(v)
+            right = v if v.ndim == 2 else v[:, None]
+        form = self._form(left, right)
         if v.ndim == 1:
             form = form[:, 0]
         return form[0] if u.ndim == 1 else form

@@ -18,7 +18,7 @@ class JacobianSandwich(LinearOperator):
     Args:
         model: the model, or a `ModelView` of it.
         likelihood: p(y|z).
-        x: one batch.
+        x: one batch, or its `JacobianProducts` made before, which several operators and a gradient may share.
         forward: ``forward(model, x) → z`` where the default call convention does not fit.
         chunk_size: how many columns one pass treats; by default as many as fit into about 1 GiB.
     """
@@ -34,7 +34,7 @@ class JacobianSandwich(LinearOperator):
         check_likelihood(likelihood)
         view = as_view(model, forward)
         self.likelihood = likelihood
-        self._products = JacobianProducts(view, x, chunk_size)
+        self._products = x if isinstance(x, JacobianProducts) else JacobianProducts(view, x, chunk_size)
         p = view.num_parameters
         super().__init__((p, p), dtype=view.dtype, device=view.device, domain=view, codomain=view, symmetric=True)
 

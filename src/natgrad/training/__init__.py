@@ -3,6 +3,6 @@
 from natgrad.layers.mean_only import MeanOnlyBatchNorm
 from natgrad.training.averaging import IterateAverage
 from natgrad.training.initialization import sparse_init_
-from natgrad.training.schedule import ExponentialBatchSize
+from natgrad.training.schedule import ExponentialBatchSize, HyperbolicDecay
 
-__all__ = ["ExponentialBatchSize", "IterateAverage", "MeanOnlyBatchNorm", "sparse_init_"]
+__all__ = ["ExponentialBatchSize", "HyperbolicDecay", "IterateAverage", "MeanOnlyBatchNorm", "sparse_init_"]

@@ -44,3 +44,33 @@ class ExponentialBatchSize:
 
     def __repr__(self) -> str:
         return f"ExponentialBatchSize(start={self.start}, final={self.final}, at={self.at})"
+
+
+class HyperbolicDecay:
+    """The factor ``1 / (1 + (t − after) / scale)`` of the learning rate at update t, 1 before [NATGRAD, sec. 8.6].
+
+    For ``torch.optim.lr_scheduler.LambdaLR(optimizer, HyperbolicDecay())``, stepped once per update; with the published
+    constants the learning rate is constant for 200 updates, half of it after 20 more.
+
+    Args:
+        after: The last update (from 1) at the full learning rate.
+        scale: Updates until the learning rate is halved.
+
+    Raises:
+        ValueError: `after` below 0, or `scale` not above 0.
+    """
+
+    def __init__(self, after: int = 200, scale: float = 20.0) -> None:
+        if after < 0 or not scale > 0:
+            raise ValueError(
+                f"after is {after}, scale {scale}; expected at least 0 and a number above 0, as 200 and 20"
+            )
+        self.after = after
+        self.scale = scale
+
+    def __call__(self, steps: int) -> float:
+        """The factor for the update that follows so many; that update is number t = ``steps + 1``."""
+        return 1 / (1 + max(steps + 1 - self.after, 0) / self.scale)
+
+    def __repr__(self) -> str:
+        return f"HyperbolicDecay(after={self.after}, scale={self.scale})"
