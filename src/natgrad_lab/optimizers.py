@@ -209,7 +209,12 @@ _FIRST_ORDER: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda parameters, **arguments: torch.optim.SGD(parameters, fused=True, **arguments),
 }
 
-_FAMILY = {"hessian-free": "HessianFree", "krylov": "KrylovDescent", "tonga": "TONGA"}
+_FAMILY = {
+    "hessian-free": "HessianFree",
+    "krylov": "KrylovDescent",
+    "natural-gradient": "NaturalGradient",
+    "tonga": "TONGA",
+}
 
 _FACTORIES: dict[str, Callable[..., Competitor]] = {
     "kfac": _kfac,

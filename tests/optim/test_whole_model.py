@@ -17,6 +17,9 @@ from natgrad.optim.whole_model import WholeModelOptimizer
 MAKERS: dict[str, Callable[..., WholeModelOptimizer]] = {
     "HessianFree": lambda model, likelihood, **settings: ng.HessianFree(model, likelihood, share=0.5, **settings),
     "KrylovDescent": ng.KrylovDescent,
+    "NaturalGradient": lambda model, likelihood, **settings: ng.NaturalGradient(
+        model, likelihood, preconditioner=ng.KroneckerPreconditioner(rows=8), **settings
+    ),
     "TONGA": lambda model, likelihood, **settings: ng.TONGA(model, likelihood, damping=1.0, gradients=8, **settings),
 }
 by_optimiser = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
