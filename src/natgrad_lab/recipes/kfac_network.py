@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import natgrad as ng
 from natgrad.curvature.base import to_dense
 from natgrad.curvature.fisher import KroneckerCurvature
+from natgrad.diagnostics import CumulantReport, block_means, cumulant_report
 from natgrad_lab import labelled
 from natgrad_lab.recipes.run import Run
 
@@ -63,12 +64,21 @@ class Network:
         """The damped inverse of F̆ or F̂, order "vec"."""
         return self.factored(structure).inverse(self.gamma**2, kind="factored").to_dense(order="vec")
 
-    def edges(self) -> list[int]:
-        """Where one layer's parameters end and the next one's begin."""
-        sizes = [
-            sum(p.numel() for p in m.parameters()) for m in self.model if any(p.requires_grad for p in m.parameters())
+    def sizes(self) -> list[int]:
+        """Numbers of parameters of the shown layers."""
+        sizes = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in self.model]
+        return [size for size in sizes if size]
+
+    def means(self, matrix: Float[Tensor, "size size"]) -> list[list[float]]:
+        """The mean absolute value of each block."""
+        return block_means(matrix, self.sizes()).tolist()
+
+    def cumulants(self) -> CumulantReport:
+        """The error of F̃ in the shown layers, and its bound from higher cumulants [KFAC, eq. 4]."""
+        shown = [
+            name for name, layer in self.model.named_children() if any(p.requires_grad for p in layer.parameters())
         ]
-        return torch.tensor(sizes).cumsum(0)[:-1].tolist()
+        return cumulant_report(self.model, ng.Categorical(), self.x, layers=tuple(shown))
 
 
 def network(run: Run) -> Network:
@@ -86,13 +96,6 @@ def network(run: Run) -> Network:
     gamma = saved.pop("gamma").item()
     model.load_state_dict(saved)
     return Network(model, x, y, gamma).showing(c["shown"])
-
-
-def block_means(matrix: Float[Tensor, "size size"], edges: list[int]) -> list[list[float]]:
-    """The mean absolute value of each block."""
-    bounds = [0, *edges, len(matrix)]
-    cuts = [slice(i, j) for i, j in zip(bounds, bounds[1:], strict=False)]
-    return [[matrix[rows, columns].abs().mean().item() for columns in cuts] for rows in cuts]
 
 
 def make_model(sizes: list[int], seed: int) -> nn.Sequential:
