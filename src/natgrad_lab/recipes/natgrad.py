@@ -92,7 +92,7 @@ def _outputs(x: Tensor, theta: Float[Tensor, "... 2"]) -> Float[Tensor, "... cas
 
 
 def _paths(run: Run, x: Tensor, start: Tensor) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for method, (rate, damping) in run.configuration["methods"].items():
         theta, path = start, [start.tolist()]
         for _ in range(run.configuration["steps"]):
@@ -118,7 +118,7 @@ def _surfaces(run: Run, x: Tensor, places: list[Tensor]) -> None:
     c = run.configuration
 
     def grid(w: list[float], b: list[float]) -> Tensor:
-        axes = [torch.linspace(*ends, c["grid"], dtype=x.dtype) for ends in (w, b)]
+        axes = [torch.linspace(low, high, c["grid"], dtype=x.dtype) for low, high in (w, b)]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
 
     half = [-c["kl window"], c["kl window"]]
