@@ -143,7 +143,7 @@ def test_paper_constants() -> None:
     assert opt.damping.rule == LevenbergMarquardt(every=5, decay=19 / 20, minimum=0.0)
     assert opt.damping.gamma == GreedyGamma(every=20, decay=19 / 20, quality="model", bounded=False, minimum=0.0)
     assert opt.damping.form == FactoredTikhonov("trace")
-    assert (opt.subsets, opt.periods, opt.guard) == (Subsets(1 / 8, 1 / 4), Periods(20, (1, 2, 3)), None)
+    assert (opt.subsets, opt.periods, opt.guard) == (Subsets(1 / 8, 1 / 4), Periods(20, (1, 2, 3), 1), None)
     assert opt.momentum and opt.param_groups[0]["lr"] == 1.0
     assert opt._gamma.item() == math.sqrt(150.0 + 1e-5)  # whatever the ratio of other settings
     assert [k for k in range(1, 61) if opt.periods.due(k)] == [1, 2, 3, 20, 40, 60]
@@ -172,3 +172,15 @@ def test_paper_rules_act_when_and_as_published() -> None:
             gamma = min(moves, key=lambda value: abs(value - opt.stats["gamma"]))
         assert opt.stats["gamma"] == pytest.approx(gamma, rel=1e-12)
     assert lam != 150.0 and gamma != math.sqrt(150.0 + 1e-5)
+
+
+def test_the_factors_take_in_every_second_batch_once_they_are_not_young() -> None:
+    likelihood, model = ng.Gaussian(), mlp(3, 2)
+    x, y = data(likelihood, 3, 2)
+    for statistics, expected in ((1, 27), (2, 20 + 3), (5, 20 + 1)):
+        opt = ng.KFAC(model, likelihood, periods=Periods(statistics=statistics))
+        for _ in range(27):
+            opt.step(x, y)
+        assert opt._running.updates == expected
+    with pytest.raises(ValueError, match="statistics >= 1"):
+        Periods(statistics=0)

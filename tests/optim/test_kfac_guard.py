@@ -1,5 +1,6 @@
 """What K-FAC does not let happen: broken batches that poison it, and updates that raise the loss."""
 
+import copy
 import math
 from typing import Any
 
@@ -102,6 +103,59 @@ def test_a_rejected_update_keeps_the_parameters_forgets_the_last_one_and_raises_
     opt.guard = usual
     opt.step(x, y)
     assert opt.stats["mu"] == 0 and opt.stats["accepted"] and not torch.equal(before, vector(model))
+
+
+def test_the_share_of_a_shortened_update_minimises_the_parabola_through_what_was_found() -> None:
+    guard, coefficients = StepGuard(), torch.tensor([2.0, -1.0]).double()
+    model = Subspace(torch.tensor([-3.0, 1.0]).double(), torch.eye(2).double())
+    slope = -7.0  # along δ
+    for actual in (0.0, 1.0, 3.5, 14.0):
+        shares = torch.linspace(0.1, 0.5, 40001).double()
+        curvature = 2 * (actual - slope)
+        best = shares[torch.argmin(shares * slope + 0.5 * shares**2 * curvature)]
+        found = guard.shorter(model, coefficients, torch.tensor(actual).double())
+        assert found == pytest.approx(best.item(), abs=2e-5)
+    assert guard.shorter(model, coefficients, torch.tensor(3.5).double()) == pytest.approx(1 / 3)
+    for broken in (math.inf, math.nan, 1e9):
+        assert guard.shorter(model, coefficients, torch.tensor(broken).double()) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("second", [-0.01, 0.5])
+def test_an_update_that_fails_is_tried_once_more_shorter(second: float) -> None:
+    """The first try raises the loss by as much as its slope promised to lower it: the parabola's minimum is at ¼."""
+    likelihood, model = ng.Gaussian(), mlp(5, 4, 3)
+    x, y = data(likelihood, 5, 3)
+    damping = Damping(0.3, rule=None)
+    opt, twin = (
+        ng.KFAC(m, likelihood, damping=damping, subsets=EVERY_ROW, guard=guard)
+        for m, guard in ((model, StepGuard(raise_shortened=1.5)), (copy.deepcopy(model), None))
+    )
+    before, h = vector(model), likelihood.nll(model(x), y).detach()
+    twin.step(x, y)  # makes the update whole
+    delta = vector(twin.view.module) - before
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(likelihood.nll(model(x), y), model.parameters())])
+    slope = (gradient @ delta).item()
+    tried = []
+
+    def losses(tapes: Any, held_out: Any) -> list[torch.Tensor]:
+        tried.append(vector(model) - before)
+        return [h - slope if len(tried) == 1 else h + second, torch.zeros(())]
+
+    opt.local.losses = losses
+    opt.step(x, y)
+    assert slope < 0 and len(tried) == 2
+    torch.testing.assert_close(tried[0], delta, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(tried[1], delta / 4, rtol=1e-9, atol=1e-12)
+    accepted = second < 0
+    torch.testing.assert_close(vector(model) - before, delta / 4 * accepted, rtol=1e-9, atol=1e-12)
+    assert opt.stats["shortened"] == accepted and opt.stats["rejected"] == (not accepted)
+    assert bool(opt.stats["accepted"]) is accepted
+    assert opt.stats["step_norm"] == pytest.approx(delta.norm().item() / 4 * accepted)
+    previous = torch.cat([opt.layout.parameters(opt._previous)[name].flatten() for name in opt.view.names])
+    torch.testing.assert_close(previous, delta / 4 * accepted, rtol=1e-9, atol=1e-12)
+    # δ is M's minimum along Δ, so its curvature is −slope where h's would have been −4 slope
+    lam = 0.3 * 1.5 if accepted else max(0.3 - 3 * slope / delta.norm().item() ** 2, 0.3 * 4)
+    assert opt.stats["lambda"] == pytest.approx(lam, rel=1e-6)
 
 
 def test_an_update_that_overflows_is_rejected_even_without_a_guard() -> None:

@@ -73,7 +73,8 @@ class _Pass:
     inputs: Any
     targets: Any
     replay: Replay | AbstractContextManager[None] | None = None
-    sampled: int = 0  # so many leading rows get sampled targets; with any, all rows are curvature rows
+    curvature: bool = False  # whether F is estimated from these rows
+    sampled: int = 0  # so many leading rows get sampled targets
     gradient: bool = True  # whether the rows add to loss and gradient
     held_out: bool = False
 
@@ -112,6 +113,7 @@ class Evaluator:
         into: Float[Tensor, " size"],
         keep_rows: bool = False,
         held_out: bool = False,
+        observe: bool = True,
     ) -> Evaluation:
         """Loss, gradient (written to ``into``), statistics and tapes.
 
@@ -122,6 +124,7 @@ class Evaluator:
             into: a flat buffer that receives the gradient of the mean loss, without the l2 term.
             keep_rows: keep every a and g of the batch for the low-rank form.
             held_out: also hold out as many rows as there are curvature rows, where the batch has that many more.
+            observe: False leaves the statistics empty.
         """
         zero = torch.zeros((), dtype=into.dtype, device=into.device)
         found = Evaluation(zero, into, zero.clone())
@@ -129,6 +132,7 @@ class Evaluator:
         first = True
         for inputs, targets in batches:
             for part in self._passes(inputs, targets, subsets, generator, held_out):
+                part.sampled *= observe
                 self._take(part, found, examples, generator, keep_rows=keep_rows, first=first)
                 first = False
                 del part  # and what it holds, before the next pass is made
@@ -173,6 +177,7 @@ class Evaluator:
             if plain_sum:
                 new = replace(new, count=new.count * (part.sampled / examples), additive=True)
             found.statistics = found.statistics + new if found.tapes else new
+        if part.curvature:
             layer_inputs = {name: calls[0] for name, calls in part.record.inputs.items() if len(calls) == 1}
             found.tapes.append(Tape(*again, layer_inputs, part.z.detach(), derivative))
 
@@ -189,12 +194,12 @@ class Evaluator:
             if self.chain.fits(z):
                 record = ChainRecord(self.chain, {name: calls[0] for name, calls in record.inputs.items()})
                 if wanted >= size:
-                    yield _Pass(record, z, inputs, targets, replay, sampled)
+                    yield _Pass(record, z, inputs, targets, replay, True, sampled)
                     return
                 order = torch.randperm(size, generator=generator, device=generator.device)
                 chosen, others = order[:wanted], order[wanted : wanted + checked]
                 x, y = _select_both(inputs, targets, chosen)
-                parts = [_Pass(record.select(chosen), z[chosen], x, y, replay, sampled, gradient=False)]
+                parts = [_Pass(record.select(chosen), z[chosen], x, y, replay, True, sampled, gradient=False)]
                 if checked:
                     x, y = _select_both(inputs, targets, others)
                     nothing = ChainRecord(self.chain, {})
@@ -205,12 +210,12 @@ class Evaluator:
                 return
         if wanted >= size or couples_examples(self.view.module):
             replay = self.view.snapshot()
-            yield _Pass(*self._forward(inputs), inputs, targets, replay, sampled)
+            yield _Pass(*self._forward(inputs), inputs, targets, replay, True, sampled)
             return
         order = torch.randperm(size, generator=generator, device=generator.device)
         x, y = _select_both(inputs, targets, order[:wanted])
         replay = self.view.snapshot()
-        yield _Pass(*self._forward(x), x, y, replay, sampled)
+        yield _Pass(*self._forward(x), x, y, replay, True, sampled)
         if checked:
             x, y = _select_both(inputs, targets, order[wanted : wanted + checked])
             replay = self.view.snapshot()

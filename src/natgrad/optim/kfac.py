@@ -25,10 +25,11 @@ from natgrad.model_view import Forward, ModelView, batch_size
 from natgrad.operators.chain import Chain
 from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim import kfac_state
+from natgrad.optim.attempt import Verdict, try_update
 from natgrad.optim.batches import micro_batches
 from natgrad.optim.evaluation import Evaluation, Evaluator
 from natgrad.optim.layout import JointLayout
-from natgrad.optim.local_model import LocalModel, mean_nll
+from natgrad.optim.local_model import LocalModel
 from natgrad.optim.proposal import Proposals
 from natgrad.optim.select import keep_where
 from natgrad.optim.settings import Damping, Periods, StepGuard, Subsets
@@ -36,7 +37,7 @@ from natgrad.optim.static import StaticInputs
 from natgrad.optim.stats import Stats
 from natgrad.optim.structures import check_structure, damping_for, inverses_for
 from natgrad.optim.trials import best_gamma
-from natgrad.quadratic import best_coefficients, reduction_ratio
+from natgrad.quadratic import Subspace, best_coefficients
 
 
 class KFAC(torch.optim.Optimizer):
@@ -58,15 +59,16 @@ class KFAC(torch.optim.Optimizer):
         seed: of the optimiser's own random stream (subsets, sampled targets).
         forward: ``forward(model, inputs) -> z`` for models that are not called as ``model(inputs)``.
         subsets: τ₁ and τ₂.
-        periods: T₃ and the early refreshes.
-        guard: when an update is rejected, or None to accept every one.
+        periods: T₃, the early refreshes, and how often the factors take in an estimate.
+        guard: when an update is shortened or rejected, or None to accept every one.
         decay: the cap on ε in the decayed averages of the factors, ``ε = min(1 − 1/k, decay)``.
         static_inputs: all inputs of the training set, where first layers see them unchanged: their A is computed once.
         uncovered: trainable parameters that no factor covers: ``"error"``, ``"identity"`` or ``"diagonal"``.
         sharing: how the positions of an example count, as for :func:`natgrad.kronecker_fisher`.
 
     Attributes:
-        stats: of the last update: loss, rho, lambda, gamma, alpha, mu, step_norm, accepted; skipped, rejected, updates.
+        stats: of the last update: loss, rho, lambda, gamma, alpha, mu, step_norm, accepted; skipped, rejected,
+            shortened, updates.
 
     Raises:
         ValueError: a setting out of range, or an uncovered parameter (it is named).
@@ -135,7 +137,7 @@ class KFAC(torch.optim.Optimizer):
         self.proposals = Proposals(self.layout, self._running, inverses, l2)
         self.local = LocalModel(view, likelihood, self.layout, chain, l2)
         self._gradient, self._proposal, self._previous = self.layout.buffers(3)
-        self._counts = {"skipped": scalar.clone(), "rejected": scalar.clone()}
+        self._counts = {key: scalar.clone() for key in ("skipped", "rejected", "shortened")}
         self.stats = Stats()
 
     @classmethod
@@ -149,7 +151,7 @@ class KFAC(torch.optim.Optimizer):
         published: dict[str, Any] = {
             "damping": Damping(150.0, FactoredTikhonov(pi="trace"), LevenbergMarquardt(), GreedyGamma()),
             "subsets": Subsets(1 / 8, 1 / 4),
-            "periods": Periods(inverses=20, early=(1, 2, 3)),
+            "periods": Periods(inverses=20, early=(1, 2, 3), statistics=1),
             "guard": None,
             "decay": 0.95,
         }
@@ -194,13 +196,15 @@ class KFAC(torch.optim.Optimizer):
             self._gradient,
             keep_rows=self.proposals.wants_rows(sum(batch_size(x) for x, _ in batches)),
             held_out=self.guard is not None,
+            observe=self.periods.observes(self._update_number + 1),
         )
         self._update_number += 1
         finite = torch.isfinite(evaluation.loss) & torch.isfinite(evaluation.gradient.sum())
         for buffer, before in buffers:
             keep_where(buffer, finite, before)
         self._add_l2(evaluation.gradient)
-        self.proposals.observe(factors_from(evaluation.statistics, in_place=True), finite)
+        if evaluation.statistics.examples:
+            self.proposals.observe(factors_from(evaluation.statistics, in_place=True), finite)
         self._tie_gamma()
         if not self._started:
             self._start(finite)
@@ -287,8 +291,6 @@ class KFAC(torch.optim.Optimizer):
         directions = self._directions
         model, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping)
         coefficients = best_coefficients(model)
-        before, held_before = (mean_nll(x, [c.nll for c in x]) for x in (evaluation.tapes, evaluation.held_out))
-        before = before + self.local.penalty()
         # δ takes the buffer of δ₀; then Δ's buffer keeps the old parameters until the step is accepted
         alpha, mu = coefficients[0], coefficients[1] if self.momentum else torch.zeros_like(coefficients[0])
         self._previous.mul_(mu).addcmul_(self._proposal, alpha.to(self._proposal.dtype))
@@ -296,49 +298,42 @@ class KFAC(torch.optim.Optimizer):
         if self._scale_by_lr(self._previous):  # M at the update that is made, not at the one that would be best
             directions, coefficients = [self._previous], torch.ones_like(coefficients[:1])
             _, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping)
-        parameters: list[Tensor] = list(self.view.parameters.values())
-        old = list(self.layout.parameters(self._proposal).values())
-        torch._foreach_copy_(old, parameters)
-        torch._foreach_add_(parameters, list(self.layout.parameters(self._previous).values()))
-        after, held_after = self.local.losses(evaluation.tapes, evaluation.held_out)
-        actual = after + self.local.penalty() - before
-        rho = reduction_ratio(actual, rows_model.change(coefficients))
-        norm = rows_model.norm(coefficients)
-        lam = self._ruled_damping(rho)
-        accepted = finite & torch.isfinite(actual)
-        if self.guard is not None:
-            accepted = accepted & self.guard.accepts(rho, held_before, held_after)
-            worst = torch.fmax(actual, held_after - held_before)
-            raised = self.guard.raised(self._lam, rows_model, coefficients, worst, before, norm)
-            lam = torch.where(accepted, lam, raised)
-        for parameter, value in zip(parameters, old, strict=True):
-            keep_where(parameter, accepted, value)
-        keep_where(self._previous, accepted, 0.0)
+        verdict = try_update(
+            self.local, evaluation, self._previous, self._proposal, rows_model, coefficients, self.guard, finite
+        )
+        lam = self._damping_after(verdict, rows_model, coefficients)
         self._lam = torch.where(finite, lam, self._lam)
         self._counts["skipped"] += ~finite
-        self._counts["rejected"] += finite & ~accepted
+        self._counts["rejected"] += finite & ~verdict.accepted
+        self._counts["shortened"] += verdict.accepted & ~verdict.whole
         self.stats = Stats(
             {
                 "loss": evaluation.loss,
-                "rho": rho,
+                "rho": verdict.rho,
                 "lambda": self._lam,
                 "gamma": self._gamma,
                 "alpha": alpha,
                 "mu": mu,
-                "step_norm": torch.where(accepted, norm, 0.0),
-                "accepted": accepted,
+                "step_norm": torch.where(verdict.accepted, verdict.norm, 0.0),
+                "accepted": verdict.accepted,
                 **self._counts,
                 "updates": self._update_number,
                 "failed_inverses": self.proposals.inverses.failures,
             }
         )
 
-    def _ruled_damping(self, rho: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """λ after the λ rule, where it is due."""
-        rule = self.damping.rule
-        if rule is None or self._update_number % rule.every:
-            return self._lam
-        return rule(self._lam, rho, self.proposals.scale)
+    def _damping_after(self, verdict: Verdict, model: Subspace, coefficients: Tensor) -> Float[Tensor, ""]:
+        """λ by the λ rule where it is due; raised where the update could not stay as it was."""
+        rule, guard = self.damping.rule, self.guard
+        due = rule is not None and self._update_number % rule.every == 0
+        ruled = rule(self._lam, verdict.rho, self.proposals.scale) if due else self._lam
+        if guard is None:
+            return ruled
+        norm = model.norm(coefficients)
+        raised = guard.raised(self._lam, model, coefficients, verdict.actual, verdict.before, norm)
+        return torch.where(
+            verdict.whole, ruled, torch.where(verdict.accepted, self._lam * guard.raise_shortened, raised)
+        )
 
     def _scale_by_lr(self, update: Float[Tensor, " size"]) -> bool:
         """Multiply each parameter's part by its group's lr; False where every lr is 1."""

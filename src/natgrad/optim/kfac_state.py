@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from natgrad.optim.kfac import KFAC
 
 _VERSION = 1
-_NUMBERS = ("update", "lambda", "gamma", "scale", "factor_updates", "skipped", "rejected", "failed_inverses", "threads")
+_NUMBERS = (
+    "update",
+    "lambda",
+    "gamma",
+    "scale",
+    "factor_updates",
+    "skipped",
+    "rejected",
+    "shortened",
+    "failed_inverses",
+    "threads",
+)
 
 
 def save_tensors(kfac: "KFAC") -> list[dict[str, Tensor]]:
@@ -55,8 +66,7 @@ def save_numbers(kfac: "KFAC") -> dict[str, Any]:
         "gamma": float(kfac._gamma),
         "scale": float(kfac.proposals.scale),
         "factor_updates": 0.0 if updates is None else float(updates),
-        "skipped": float(kfac._counts["skipped"]),
-        "rejected": float(kfac._counts["rejected"]),
+        **{key: float(count) for key, count in kfac._counts.items()},
         "failed_inverses": kfac.proposals.inverses.failures,
         "generator": kfac._generator.get_state(),
     }

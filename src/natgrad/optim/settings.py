@@ -13,6 +13,8 @@ from natgrad.quadratic import Subspace
 
 # Smaller relative changes of a loss in single precision may be rounding.
 _ROUNDING = 1e-6
+# A rejected update is tried again at this share at least.
+_SHORTEST = 0.1
 # After so many, ε = min(1 − 1/k, 0.95) is at its cap.
 _EARLY_UPDATES = 20
 
@@ -48,35 +50,55 @@ class Damping:
 
 @dataclass(frozen=True)
 class StepGuard:
-    """When an update is rejected: θ is kept, δ₀ forgotten, and λ raised.
+    """What happens to an update that does not do what M promised.
+
+    It is shortened to the minimum of the parabola through what was found (see :meth:`shorter`) and tried once more.
+    Failing that it is rejected: θ is kept, δ₀ forgotten, and λ raised.
 
     Args:
-        threshold: reject below this reduction ratio ρ.
-        raise_damping: what λ is then multiplied by, at least: where the loss rose, λ becomes what would have made M's
-            curvature along the update the observed one.
-        tolerance: also reject where the loss of rows that had no part in F rises by more than this share of it. M
-            knows a few rows only, and an update may suit just them.
+        threshold: an update fails below this reduction ratio ρ.
+        raise_damping: what λ is multiplied by after a rejected update, at least: where the loss rose, λ becomes what
+            would have made M's curvature along the update the observed one.
+        tolerance: an update also fails where the loss of rows that had no part in F rises by more than this share of
+            it. M knows a few rows only, and an update may suit just them.
+        raise_shortened: what λ is multiplied by after an update that had to be shortened.
     """
 
     threshold: float = 0.0
     raise_damping: float = 4.0
     tolerance: float = 0.02
+    raise_shortened: float = 2.0
 
     def __post_init__(self) -> None:
         if not self.tolerance >= 0:
             raise ValueError(f"StepGuard(tolerance={self.tolerance}): expected a non-negative share")
-        if math.isnan(self.threshold) or not 0 < self.raise_damping < math.inf:
-            raise ValueError(f"{self}: expected a number as threshold and a positive raise_damping, such as 1.5")
+        raises = self.raise_damping, self.raise_shortened
+        if math.isnan(self.threshold) or not all(0 < value < math.inf for value in raises):
+            raise ValueError(
+                f"{self}: expected a number as threshold, and positive raise_damping and raise_shortened, such as 2"
+            )
 
-    def accepts(self, rho: Tensor, before: Tensor, after: Tensor) -> Bool[Tensor, ""]:
+    def accepts(self, rho: Tensor, before: Tensor, rise: Tensor) -> Bool[Tensor, ""]:
         """Whether an update stays.
 
         Args:
             rho: its reduction ratio.
             before: the loss of the rows held out.
-            after: that loss at the new parameters.
+            rise: how much higher that loss is at the new parameters.
         """
-        return (rho >= self.threshold) & (after - before <= self.tolerance * before.abs())
+        return (rho >= self.threshold) & (rise <= self.tolerance * before.abs())
+
+    def shorter(self, model: Subspace, coefficients: Tensor, actual: Tensor) -> Float[Tensor, ""]:
+        """The share t of a rejected update δ that minimises ``h + t ∇h·δ + ½ t² c``, between a tenth and a half.
+
+        Args:
+            model: M on the rows that it was built from.
+            coefficients: of δ in it.
+            actual: h(θ + δ) − h(θ) = ∇h·δ + ½ c.
+        """
+        slope = model.slope @ coefficients
+        best = slope / (2 * (slope - actual))
+        return torch.nan_to_num(best, nan=_SHORTEST).clamp(_SHORTEST, 0.5)
 
     def raised(
         self, lam: Tensor, model: Subspace, coefficients: Tensor, actual: Tensor, before: Tensor, norm: Tensor
@@ -108,18 +130,24 @@ class Periods:
     Args:
         inverses: T₃; the inverses are also refreshed at the updates in ``early``.
         early: update numbers (from 1) at which the statistics are too young to wait for T₃.
+        statistics: after the first 20 updates the factors take in an estimate every so many updates.
     """
 
     inverses: int = 10
     early: tuple[int, ...] = (1, 2, 3, 5)
+    statistics: int = 2
 
     def __post_init__(self) -> None:
-        if self.inverses < 1:
-            raise ValueError(f"{self}: expected inverses >= 1, a number of updates")
+        if self.inverses < 1 or self.statistics < 1:
+            raise ValueError(f"{self}: expected inverses >= 1 and statistics >= 1, numbers of updates")
 
     def due(self, update: int) -> bool:
         """Whether the inverses are refreshed at this update (counted from 1)."""
         return update % self.inverses == 0 or update in self.early
+
+    def observes(self, update: int) -> bool:
+        """Whether the factors take in an estimate at this update (counted from 1)."""
+        return update % self.statistics == 0 or update <= _EARLY_UPDATES
 
 
 @dataclass(frozen=True)
@@ -135,13 +163,9 @@ class Renewal(Periods):
     inverses: int = 20
     statistics: int = 5
 
-    def __post_init__(self) -> None:
-        if self.inverses < 1 or self.statistics < 1:
-            raise ValueError(f"{self}: expected inverses >= 1 and statistics >= 1, numbers of steps")
-
-    def observes(self, step: int) -> bool:
+    def observes(self, update: int) -> bool:
         """Whether statistics are due at this step (counted from 1)."""
-        return step % self.statistics == 0 or step in self.early
+        return update % self.statistics == 0 or update in self.early
 
 
 @dataclass(frozen=True)
