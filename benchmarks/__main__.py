@@ -21,6 +21,7 @@ from benchmarks.report import RESULTS
 # The sweep is no part of `all`: it writes the settings of the baselines, which the others only read.
 ALL = (
     ["update-cost"],
+    ["thesis-cost"],
     ["memory"],
     ["fisher-products"],
     ["operations"],
@@ -32,6 +33,7 @@ ALL = (
 )
 NAMES = (
     "update-cost",
+    "thesis-cost",
     "convergence",
     "robustness",
     "memory",

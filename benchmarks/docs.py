@@ -9,6 +9,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 INTRODUCTION = ROOT / "benchmarks" / "introduction.md"
 ORDER = (
     "update-cost",
+    "thesis-cost",
     "convergence-curves",
     "convergence-mnist",
     "robustness",

@@ -135,7 +135,9 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
         ratio = statistics.median(row["kfac / sgd"])
         marks = [part for w in wanted.get((row["task"], row["m"]), (None, None)) for part in (w, w and ratio <= w)]
         seconds = row["seconds"]
-        lines.append([row["task"], row["m"], seconds["kfac"], seconds["sgd"], ratio, _range(row["kfac / sgd"]), *marks])
+        lines.append(
+            [row["task"], row["m"], seconds["kfac"], seconds["sgd"], ratio, ratio_range(row["kfac / sgd"]), *marks]
+        )
     return table(header, lines)
 
 
@@ -146,12 +148,13 @@ def sgd_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         seconds, ratios = row["seconds"], row["nesterov / by hand"]
         ratio = statistics.median(ratios)
-        lines.append([row["task"], row["m"], seconds["nesterov"], seconds["by hand"], ratio, _range(ratios)])
+        lines.append([row["task"], row["m"], seconds["nesterov"], seconds["by hand"], ratio, ratio_range(ratios)])
         lines[-1] += [SGD_TARGET, ratio <= SGD_TARGET]
     return table(header, lines)
 
 
-def _range(values: list[float]) -> str:
+def ratio_range(values: list[float]) -> str:
+    """Smallest and largest."""
     return f"{min(values):.2f}–{max(values):.2f}"
 
 

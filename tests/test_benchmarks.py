@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import convergence, docs, fisher_products, memory, operations, report, robustness, sweep, update_cost
+from benchmarks import (
+    convergence,
+    docs,
+    fisher_products,
+    memory,
+    operations,
+    report,
+    robustness,
+    sweep,
+    thesis_cost,
+    update_cost,
+)
 from benchmarks.__main__ import NAMES, run
 from benchmarks.measure import enter, first_at, median, ratio, run_cpu
 from natgrad_lab import data
@@ -149,6 +160,13 @@ def test_operations_are_counted_beside_measured_time(digits):
     assert 1 < row["kfac"]["ratio counted"] < row["kfac-ekfac"]["ratio counted"] < 20
     assert all(r > 0 for name in ("kfac", "kfac-ekfac") for r in row[name]["ratio measured"])
     assert "damping" in settings["in force"]
+
+
+def test_thesis_cost_measures_every_optimiser(digits):
+    row = thesis_cost.measure(digits, 32, every=2, blocks=2)
+    assert set(row["ratios"]) == set(thesis_cost.TARGETS) and len(row["ratios"]["acp"]) == 2
+    lines = well_formed(thesis_cost.cost_table([row, {**row, "task": "mnist", "m": 1000, "every": 100}]))
+    assert [line[-2] for line in lines[1:7]] == ["–"] * 6 and lines[7][-2] == "1.05"
 
 
 def test_update_cost_covers_whole_periods(digits):

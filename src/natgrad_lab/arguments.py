@@ -14,7 +14,21 @@ if TYPE_CHECKING:  # torch takes seconds to import: `natgrad --help` does withou
 
 TASKS = ("curves", "digits", "mnist", "faces")
 # Those of `natgrad_lab.optimizers`, which takes seconds to import; a test compares them.
-OPTIMIZERS = ("kfac", "kfac-paper", "kfac-ekfac", "hessian-free", "krylov", "tonga", "adam", "nesterov", "adamw", "sgd")
+OPTIMIZERS = (
+    "kfac",
+    "kfac-paper",
+    "kfac-ekfac",
+    "hessian-free",
+    "krylov",
+    "tonga",
+    "acp",
+    "centered",
+    "prong",
+    "adam",
+    "nesterov",
+    "adamw",
+    "sgd",
+)
 
 
 class Refused(Exception):

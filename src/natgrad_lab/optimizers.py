@@ -167,8 +167,47 @@ def _family(name: str, task: Any, model: nn.Module, seed: int, overrides: dict[s
     n = len(task.x_train)
     growth = {**settings["batch_size"], "final": min(settings["batch_size"].get("final", n), n)}
     growth["start"] = min(growth["start"], growth["final"])
-    optimizer = getattr(ng, _FAMILY[name])(model, task.likelihood, seed=seed, **settings["arguments"])
+    if name == "prong":
+        optimizer, step = _whitened(task, model, settings["arguments"])
+        return Competitor(name, model, optimizer, step, ExponentialBatchSize(**growth), settings)
+    sampled = {} if name in _UNSEEDED else {"seed": seed}
+    optimizer = getattr(ng, _FAMILY[name])(model, task.likelihood, **sampled, **settings["arguments"])
     return Competitor(name, model, optimizer, optimizer.step, ExponentialBatchSize(**growth), settings)
+
+
+class _WithWhitening(torch.optim.SGD):
+    """SGD on the parameters of a model that `natgrad.PRONG` rewrote; its state holds the transform's counters too."""
+
+    def __init__(self, model: nn.Module, transform: dict[str, Any], **arguments: Any) -> None:
+        import natgrad as ng
+
+        self.prong = ng.PRONG(model, **transform)
+        super().__init__(model.parameters(), fused=True, **arguments)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "prong": self.prong.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "prong"})
+        self.prong.load_state_dict(state_dict["prong"])
+
+
+def _whitened(
+    task: Any, model: nn.Module, arguments: dict[str, Any]
+) -> tuple[torch.optim.Optimizer, Callable[[Tensor, Tensor], Tensor]]:
+    """SGD on a model with whitened layers; the arguments of `natgrad.PRONG` and of SGD together."""
+    transform = {key: arguments[key] for key in ("every", "damping", "examples") if key in arguments}
+    rest = {key: value for key, value in arguments.items() if key not in transform}
+    optimizer = _WithWhitening(model, transform, **rest)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = task.likelihood.nll(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return optimizer, step
 
 
 # What K-FAC chose where the recipe is silent: written beside the results, so that τ's and T's are always there.
@@ -214,7 +253,11 @@ _FAMILY = {
     "krylov": "KrylovDescent",
     "natural-gradient": "NaturalGradient",
     "tonga": "TONGA",
+    "acp": "ACP",
+    "centered": "CenteredSGD",
+    "prong": "PRONG",
 }
+_UNSEEDED = ("acp", "centered")  # nothing is sampled
 
 _FACTORIES: dict[str, Callable[..., Competitor]] = {
     "kfac": _kfac,

@@ -13,7 +13,7 @@ from natgrad.layers.coverage import Uncovered
 from natgrad.likelihoods import Likelihood
 from natgrad.linalg.covariance import SymmetricForm, covariance_inverse, low_rank
 from natgrad.model_view import Forward
-from natgrad.optim.layerwise import BatchPass, LayerRows, LayerwiseOptimizer, Wanted
+from natgrad.optim.layerwise import BatchPass, LayerwiseOptimizer, Wanted
 from natgrad.optim.select import keep_where
 
 
@@ -47,8 +47,9 @@ class ACP(LayerwiseOptimizer):
         damp_bias: damp the whole block, as printed; False leaves the bias undamped, which is the minimiser of the
             local criterion of [THESIS, sec. 6.1] with ε = κ.
         plain_bias: ``Δb = ∇b/α``, the ablation of [THESIS, Algorithm 3; NOTE, sec. 4.3].
-        examples: at most so many leading rows of a minibatch serve C; None for all. Few rows make the inverse the
-            identity and a matrix of low rank, whose products are cheaper.
+        examples: in a layer of more than twice as many inputs, C is that of so many leading rows of the minibatch, 200
+            as in [THESIS, sec. 6.6.2]. Then the inverse is a multiple of the identity and a matrix of that rank, whose
+            products are cheaper. None: C is always that of all rows, which narrower layers have anyway.
         momentum: of the preconditioned gradient, as in ``torch.optim.SGD`` without dampening; 0 in the thesis.
         forward: ``forward(model, inputs) → z`` where the default call convention does not fit.
         uncovered: trainable parameters that no factor covers are an ``"error"``, or take a plain gradient step
@@ -73,7 +74,7 @@ class ACP(LayerwiseOptimizer):
         every: int = 100,
         damp_bias: bool = True,
         plain_bias: bool = False,
-        examples: int | None = None,
+        examples: int | None = 200,
         momentum: float = 0.0,
         forward: Forward | None = None,
         uncovered: Uncovered = "error",
@@ -145,10 +146,10 @@ class ACP(LayerwiseOptimizer):
             rows = batch.layers[name]
             if not rows.rows or ((update - 1) % self.every and name in self._inverses):
                 continue
-            h = _leading(rows, self.examples)
+            h = rows.inputs[0] if len(rows.inputs) == 1 else torch.cat(rows.inputs)
+            rank = self.examples if low_rank(self.examples, h.shape[1], self.damping) else None
+            h = h[:rank]
             kappa = self.damping / self._alpha(batch, name)
-            d = h.shape[1]
-            rank = self.examples if low_rank(self.examples, d, self.damping) else None
             centre = self._coverage.members[name][1] is not None
             inverse = covariance_inverse(h, kappa, centre=centre, rank=rank)
             if bool(inverse.ok):
@@ -255,9 +256,3 @@ class ACP(LayerwiseOptimizer):
             basis = saved["basis"] if dense is None else dense.new_zeros(dense.shape[0], 0)
             ok = torch.ones((), dtype=torch.bool, device=kappa.device)
             self._inverses[name] = SymmetricForm(dense, kappa.reciprocal(), basis, ok), kappa
-
-
-def _leading(rows: LayerRows, examples: int | None) -> Float[Tensor, "rows in"]:
-    """The first rows of a layer's inputs, so many at most."""
-    h = rows.inputs[0] if len(rows.inputs) == 1 else torch.cat(rows.inputs)
-    return h if examples is None else h[:examples]

@@ -40,8 +40,10 @@ class PRONG:
             weights are left alone.
         every: N, updates between two renewals. An update is seen by the change of a parameter.
         damping: ε, the coefficient of the identity beside C.
-        examples: at most so many leading rows of a minibatch serve C; None for all. Few rows make U the identity and a
-            matrix of low rank, whose products are cheaper.
+        examples: in a layer of more than twice as many inputs, C is that of so many leading rows of the minibatch, 200
+            as in [THESIS, sec. 6.6.2]. Then U is a multiple of the identity and a matrix of that rank, whose products
+            are cheaper; h_e is white on those rows. None: C is always that of all rows, which narrower layers have
+            anyway.
 
     Attributes:
         layers: the rewritten layers by name.
@@ -53,7 +55,7 @@ class PRONG:
     """
 
     def __init__(
-        self, model: nn.Module, *, every: int = 100, damping: float = 1e-2, examples: int | None = None
+        self, model: nn.Module, *, every: int = 100, damping: float = 1e-2, examples: int | None = 200
     ) -> None:
         check_damping(damping)
         if every < 1:
