@@ -20,6 +20,7 @@ OPTIMIZERS = (
     "kfac-ekfac",
     "hessian-free",
     "krylov",
+    "natural-gradient",
     "tonga",
     "acp",
     "centered",
