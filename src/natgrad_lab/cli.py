@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from natgrad_lab import cli_paper
+from natgrad_lab import cli_paper, cli_search
 from natgrad_lab.arguments import (
     OPTIMIZERS,
     Refused,
@@ -37,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_paper.app)
+app.command("search")(cli_search.search)
 
 
 class Activation(StrEnum):

@@ -28,6 +28,7 @@ def render(race: Race) -> str:
     """The whole page as text; nothing in it is loaded from elsewhere."""
     c = race.configuration
     return Template(_PAGE).substitute(
+        style=STYLE.rstrip(),
         title=escape(f"Race on {c['task'].upper()}"),
         verdict=escape(verdict(race)),
         notes="".join(f'<p class="note">{escape(line)}</p>' for line in notes(race)),
@@ -129,15 +130,7 @@ def _data_uri(race: Race, against: str, theme: str) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-:root { --ink: #1b1f24; --soft: #5b6570; --line: #d8dee4; --ground: #ffffff; --mark: #eef5fb; }
+STYLE = """:root { --ink: #1b1f24; --soft: #5b6570; --line: #d8dee4; --ground: #ffffff; --mark: #eef5fb; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6edf3; --soft: #9aa4af; --line: #343b44; --ground: #14181d; --mark: #1c2733; }
 }
@@ -160,6 +153,17 @@ tr.leader { background: var(--mark); }
 img { display: block; width: 100%; height: auto; margin: 1rem 0; }
 details { margin-top: 1.2rem; }
 summary { cursor: pointer; font-weight: 600; }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>
+$style
 </style>
 </head>
 <body>
