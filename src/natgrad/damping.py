@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from natgrad.linalg.iterative import NewtonSchulz
+from natgrad.linalg.low_rank import LowRank
 from natgrad.linalg.spd import safe_eigh
 
 PiNorm = Literal["trace", "frobenius", "spectral", "one"]
@@ -26,14 +28,22 @@ class FactoredTikhonov:
     Args:
         pi: the norm ν in ``π = √(‖A ⊗ I‖_ν / ‖I ⊗ G‖_ν)``: ``"trace"`` (the paper's choice), ``"frobenius"``,
             ``"spectral"``, or ``"one"`` for π = 1.
+        solver: how the damped factors are inverted: None by Cholesky; :class:`natgrad.linalg.NewtonSchulz`, an
+            iteration that starts from the inverse before; :class:`natgrad.linalg.LowRank`, low rank plus a diagonal,
+            an approximation [KFAC, sec. 8]. For the block-diagonal form.
     """
 
     pi: PiNorm = "trace"
+    solver: NewtonSchulz | LowRank | None = None
 
     def __post_init__(self) -> None:
         if self.pi not in get_args(PiNorm):
             raise ValueError(
                 f"FactoredTikhonov(pi={self.pi!r}): expected one of {', '.join(map(repr, get_args(PiNorm)))}"
+            )
+        if not isinstance(self.solver, NewtonSchulz | LowRank | None):
+            raise TypeError(
+                f"FactoredTikhonov(solver={self.solver!r}): expected NewtonSchulz(...), LowRank(...) or None"
             )
 
     def split(self, A: Tensor, G: Tensor, damping: float | Tensor) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, kron, kron_blocks
 from natgrad.damping import ExactTikhonov, FactoredTikhonov, check_damping
+from natgrad.linalg.iterative import NewtonSchulz
+from natgrad.linalg.low_rank import DiagonalMinusLowRank, LowRank
 from natgrad.linalg.spd import safe_eigh, spd_inverse
 
 
@@ -58,7 +60,40 @@ class FactoredInverse:
 
     def to_dense(self) -> Float[Tensor, "size size"]:
         """The matrix that acts on the stacked columns of V."""
-        return kron_blocks(*(torch.diag(x) if x.ndim == 1 else x for x in (self.A, self.G)))
+        return kron_blocks(*map(_matrix, (self.A, self.G)))
+
+
+@dataclass(frozen=True)
+class LowRankInverse:
+    """As :class:`FactoredInverse`, with inverses of factors as a diagonal minus a product of low rank [KFAC, sec. 8].
+
+    Args:
+        A: such an inverse; a matrix for a factor that is too small for the rank, a vector for a diagonal one.
+        G: likewise.
+        ok: whether it can be used.
+    """
+
+    A: Tensor | DiagonalMinusLowRank
+    G: Tensor | DiagonalMinusLowRank
+    ok: Bool[Tensor, ""]
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the matrices V that it acts on; a stack of them for a stack of factors."""
+        A, G = (x.d if isinstance(x, DiagonalMinusLowRank) else x for x in (self.A, self.G))
+        return torch.Size((*G.shape[:-2], G.shape[-1], A.shape[-1]))
+
+    def apply(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
+        """``(G + γ/π I)^{-1} V (A + π γ I)^{-1}``."""
+        A, G = self.A, self.G
+        dtype = G.d.dtype if isinstance(G, DiagonalMinusLowRank) else G.dtype
+        U = G.left(V.to(dtype)) if isinstance(G, DiagonalMinusLowRank) else times_left(G, V.to(dtype))
+        return (A.right(U) if isinstance(A, DiagonalMinusLowRank) else times_right(A, U)).to(V.dtype)
+
+    def to_dense(self) -> Float[Tensor, "size size"]:
+        """The matrix that acts on the stacked columns of V."""
+        A, G = (x.to_dense() if isinstance(x, DiagonalMinusLowRank) else _matrix(x) for x in (self.A, self.G))
+        return kron_blocks(A, G)
 
 
 @dataclass(frozen=True)
@@ -100,6 +135,11 @@ class ExactInverse:
         self.basis = basis
         self.scale = ((_outer(basis.g, basis.a) if scaling is None else scaling) + damping).reciprocal_()
         self.ok = basis.ok
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the matrices V that it acts on."""
+        return self.scale.shape
 
     def apply(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
         """``(A ⊗ G + damping I)^{-1} vec(V)`` as a matrix."""
@@ -149,6 +189,7 @@ def invert_block(
     *,
     check: bool = False,
     what: str = "the block",
+    previous: BlockInverse | None = None,
 ) -> BlockInverse:
     """The damped inverse of ``A ⊗ G``: a pure function.
 
@@ -158,6 +199,7 @@ def invert_block(
         rule: how the damping enters.
         check: raise where the inverse could not be used, instead of returning one whose ``ok`` is False.
         what: how an error names the block.
+        previous: an earlier inverse of this block, from which a solver may start.
 
     Raises:
         ValueError: the damping is negative; with ``check``, the damped block is singular or not finite (a damping is
@@ -181,8 +223,11 @@ def invert_block(
     of_a, of_g = rule.split(A, G, damping)
     if check and float(damping) == 0:
         _check_regular(eigenbasis(factors, check=True, what=what), damping, what)
-    A_inverse, ok_a = _inverted(A, of_a)
-    G_inverse, ok_g = _inverted(G, of_g)
+    if isinstance(rule.solver, LowRank):
+        return _low_rank_inverse(A, G, of_a, of_g, rule.solver, previous, what if check else None)
+    start = previous if isinstance(previous, FactoredInverse) else None
+    A_inverse, ok_a = _inverted(A, of_a, rule.solver, None if start is None else start.A)
+    G_inverse, ok_g = _inverted(G, of_g, rule.solver, None if start is None else start.G)
     if check and not (ok_a & ok_g):
         raise ValueError(
             f"{what}: no inverse with damping={float(damping):g}; a factor is not finite, or give a larger damping"
@@ -200,11 +245,43 @@ def _basis(factor: Tensor | Diagonal, check: bool, what: str) -> tuple[Tensor | 
     return vectors.contiguous(), values.clamp(min=0), ok
 
 
-def _inverted(M: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+def _inverted(
+    M: Tensor, damping: Tensor, solver: NewtonSchulz | None = None, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     if M.ndim == 1:
         damped = M + damping
         return damped.reciprocal(), (damped > 0).all() & torch.isfinite(damped).all()
-    return spd_inverse(M, damping)
+    if solver is None or M.ndim > 2:
+        return spd_inverse(M, damping)
+    return solver.inverse(M, damping, start)
+
+
+def _low_rank_inverse(
+    A: Tensor,
+    G: Tensor,
+    of_a: Tensor,
+    of_g: Tensor,
+    solver: LowRank,
+    previous: BlockInverse | None,
+    what: str | None,
+) -> LowRankInverse:
+    found, ok = [], torch.ones((), dtype=torch.bool, device=of_a.device)
+    for key, M, damping in (("A", A, of_a), ("G", G, of_g)):
+        if M.ndim != 2 or not solver.applies(len(M)):
+            inverse, usable = _inverted(M, damping)
+        else:
+            start = getattr(previous, key, None)
+            start = start if isinstance(start, DiagonalMinusLowRank) else None
+            inverse, usable = solver.inverse(M, damping, start)
+        found.append(inverse)
+        ok = ok & usable
+    if what is not None and not ok:
+        raise ValueError(f"{what}: no inverse of low rank plus diagonal; a factor is not finite, or give a damping")
+    return LowRankInverse(found[0], found[1], ok)
+
+
+def _matrix(M: Tensor) -> Tensor:
+    return torch.diag(M) if M.ndim == 1 else M
 
 
 def _check_regular(basis: Eigenbasis, damping: float | Tensor, what: str) -> None:

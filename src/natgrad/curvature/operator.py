@@ -214,6 +214,6 @@ class _InverseOperator(LinearOperator):
     def _matmat(self, v: Tensor) -> Tensor:
         if self._product is not None:
             return self._product._matmat(v)
-        *stack, out, columns = self.inverse.scale.shape
+        *stack, out, columns = self.inverse.shape
         applied = [self.inverse.apply(column.reshape(*stack, columns, out).mT).mT.reshape(-1) for column in v.T]
         return torch.stack(applied, dim=1)

@@ -11,6 +11,7 @@ from natgrad.linalg.bilinear import (
     tied_hessian,
 )
 from natgrad.linalg.cg import cg
+from natgrad.linalg.iterative import NewtonSchulz
 from natgrad.linalg.krylov import (
     Progress,
     RelativeProgress,
@@ -19,12 +20,16 @@ from natgrad.linalg.krylov import (
     StoppingRule,
     geometric_indices,
 )
+from natgrad.linalg.low_rank import DiagonalMinusLowRank, LowRank
 from natgrad.linalg.minres_qlp import minres_qlp
 from natgrad.linalg.spd import safe_cholesky, safe_eigh, spd_inverse
 from natgrad.linalg.stein import KroneckerSum
 
 __all__ = [
+    "DiagonalMinusLowRank",
     "KroneckerSum",
+    "LowRank",
+    "NewtonSchulz",
     "Progress",
     "RelativeProgress",
     "RelativeResidual",

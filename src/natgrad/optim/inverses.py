@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.base import Factors
-from natgrad.curvature.inverse import BlockInverse, Eigenbasis, ExactInverse, FactoredInverse, eigenbasis, invert_block
+from natgrad.curvature.inverse import (
+    BlockInverse,
+    Eigenbasis,
+    ExactInverse,
+    FactoredInverse,
+    LowRankInverse,
+    eigenbasis,
+    invert_block,
+)
 from natgrad.curvature.running import RunningFactors
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 
@@ -27,7 +35,7 @@ class LayerInverses:
     def __init__(self, form: Tikhonov) -> None:
         self.form = form
         self.failures = 0
-        self._kept: dict[str, Eigenbasis | FactoredInverse] = {}
+        self._kept: dict[str, Eigenbasis | FactoredInverse | LowRankInverse] = {}
         self._exact: dict[str, tuple[float, ExactInverse]] = {}
 
     @property
@@ -51,9 +59,11 @@ class LayerInverses:
         """Decompose anew; a layer whose decomposition fails keeps what it had."""
         for name, block in factors.items():
             exact = isinstance(self.form, ExactTikhonov)
-            new = eigenbasis(block) if exact else invert_block(block, damping, self.form)
+            kept = self._kept.get(name)
+            previous = None if isinstance(kept, Eigenbasis) else kept
+            new = eigenbasis(block) if exact else invert_block(block, damping, self.form, previous=previous)
             if bool(new.ok):
-                assert isinstance(new, Eigenbasis | FactoredInverse)  # for the type checker
+                assert isinstance(new, Eigenbasis | FactoredInverse | LowRankInverse)  # for the type checker
                 self._kept[name] = new
                 self._exact.pop(name, None)
             else:

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
+from natgrad.linalg.low_rank import LowRank
 from natgrad.optim.inverses import LayerInverses, Tikhonov
+from natgrad.optim.low_rank_inverses import LowRankInverses
 from natgrad.optim.scaled_inverses import ScaledInverses
 from natgrad.optim.settings import Damping
 
@@ -46,4 +48,7 @@ def form_for(structure: str, form: Tikhonov | None) -> Tikhonov:
 
 def inverses_for(structure: str, form: Tikhonov) -> LayerInverses:
     """Where the inverses are kept."""
-    return ScaledInverses() if structure == "ekfac" else LayerInverses(form)
+    if structure == "ekfac":
+        return ScaledInverses()
+    low_rank = isinstance(form, FactoredTikhonov) and isinstance(form.solver, LowRank)
+    return LowRankInverses(form) if low_rank else LayerInverses(form)
