@@ -141,6 +141,8 @@ class KroneckerCurvature(BlockDiagonal):
         rule = kind if isinstance(kind, FactoredTikhonov | ExactTikhonov) else named.get(kind)
         if rule is None:
             raise ValueError(f"kind={kind!r}: expected 'factored', 'exact', FactoredTikhonov(...) or ExactTikhonov()")
+        if self.structure == "block_tridiagonal" and getattr(rule, "solver", None) is not None:
+            raise ValueError(f"kind={rule}: a solver is for structure 'block_diagonal'; leave it out")
         if isinstance(rule, FactoredTikhonov) and not factored:
             raise ValueError(
                 f"kind='factored' is for structure 'block_diagonal' or 'block_tridiagonal'; {self.structure!r} has "

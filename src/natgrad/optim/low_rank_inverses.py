@@ -41,12 +41,6 @@ class LowRankInverses(LayerInverses):
 
     def load(self, name: str, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`, on a state whose keys and shapes were checked."""
-        if f"inverse_{'A'}" in state and f"inverse_{'G'}" in state:
-            super().load(name, state)
-            kept = self._kept.get(name)
-            if kept is not None:
-                self._kept[name] = LowRankInverse(kept.A, kept.G, kept.ok)
-            return
         self._kept.pop(name, None)
         if not bool(state["inverse_ready"]):
             return

@@ -50,5 +50,6 @@ def inverses_for(structure: str, form: Tikhonov) -> LayerInverses:
     """Where the inverses are kept."""
     if structure == "ekfac":
         return ScaledInverses()
-    low_rank = isinstance(form, FactoredTikhonov) and isinstance(form.solver, LowRank)
-    return LowRankInverses(form) if low_rank else LayerInverses(form)
+    if isinstance(form, FactoredTikhonov) and isinstance(form.solver, LowRank):
+        return LowRankInverses(form)
+    return LayerInverses(form)
