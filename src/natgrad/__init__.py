@@ -4,7 +4,7 @@
 between optimisers and the command line live beside it in `natgrad_lab`.
 """
 
-from natgrad import diagnostics, layers, linalg, training
+from natgrad import diagnostics, layers, linalg, testing, training
 from natgrad.curvature.fisher import kronecker_fisher
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
@@ -78,6 +78,7 @@ __all__ = [
     "layers",
     "likelihood_of",
     "register_layer",
+    "testing",
     "linalg",
     "training",
 ]

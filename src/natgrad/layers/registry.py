@@ -19,8 +19,8 @@ def register_layer(kind: type[nn.Module], rule: LayerRule | Mapping[str, LayerRu
 
     Args:
         kind: the class of the layers.
-        rule: an object of a :class:`natgrad.layers.KroneckerRule` or :class:`natgrad.layers.DiagonalRule`.
-            For a layer with several blocks: a mapping from their names.
+        rule: an object of a :class:`natgrad.layers.KroneckerRule` or :class:`natgrad.layers.DiagonalRule`;
+            :func:`natgrad.testing.check_layer` tests it. For a layer with several blocks: a mapping from their names.
 
     Raises:
         TypeError: ``kind`` is no class of modules, or ``rule`` no object of a rule.

@@ -1,0 +1,225 @@
+"""What other K-FAC libraries get wrong in silence, as far as layers are concerned: each with the right number."""
+
+from typing import Any
+
+import pytest
+import torch
+from oracles.layers import draw, kronecker, softmax_fisher
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import natgrad as ng
+
+
+class Net(nn.Module):
+    """One layer, an activation, and a linear map."""
+
+    def __init__(self, layer: nn.Module, activation: nn.Module, features: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.activation, self.head = layer, activation, nn.Linear(features, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.activation(self.layer(x)).flatten(1))
+
+
+def conv_net(activation: Any = nn.Tanh, **options: Any) -> tuple[Net, Tensor]:
+    torch.manual_seed(1)
+    layer = nn.Conv2d(4, 4, 3, padding=1, **options)
+    return Net(layer, activation(), 36), draw(3, 4, 3, 3)
+
+
+def assert_defined(net: Net, x: Tensor, twin: Net | None = None) -> None:
+    """The factors are those of the definition (of a twin with the same weights)."""
+    factors = ng.kronecker_fisher(net, ng.Categorical(), x).factors["layer"]
+    twin = twin or net
+    A, G = kronecker(twin, twin.layer, x, softmax_fisher)
+    torch.testing.assert_close(factors.A, A)
+    torch.testing.assert_close(factors.G, G)
+
+
+def test_grouped_convolutions_have_a_block_for_each_group() -> None:
+    net, x = conv_net(groups=2)
+    assert_defined(net, x)
+    factors = ng.kronecker_fisher(net, ng.Categorical(), x).factors["layer"]
+    assert factors.A.shape == (2, 19, 19) and factors.G.shape == (2, 2, 2)
+    assert (factors.A[0] - factors.A[1]).abs().max() > 0.1  # not the average over groups
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_padding_is_not_taken_for_zeros(mode: str) -> None:
+    net, x = conv_net(padding_mode=mode)
+    assert_defined(net, x)
+    zeros, _ = conv_net(padding_mode="zeros")
+    other = ng.kronecker_fisher(zeros, ng.Categorical(), x).factors["layer"].A
+    assert (ng.kronecker_fisher(net, ng.Categorical(), x).factors["layer"].A - other).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.Hardtanh])
+def test_inplace_activations(activation: Any) -> None:
+    net, x = conv_net(lambda: activation(inplace=True))
+    assert_defined(net, x, conv_net(activation)[0])
+
+
+def test_the_mean_over_positions_is_not_taken_twice() -> None:
+    """A sums over positions, G is their mean: scaling both by T or S is a frequent slip."""
+    net, x = conv_net()
+    factors = ng.kronecker_fisher(net, ng.Categorical(), x).factors["layer"]
+    assert factors.A[-1, -1] == 9  # positions per example
+    assert_defined(net, x)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv1d(2, 2, 3, padding=1), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(torch.tanh(self.conv(x))).flatten(1))
+
+
+class Shared(nn.Module):
+    """The same as two modules with the same parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        twin = Twice()
+        self.conv, self.second, self.head = twin.conv, nn.Conv1d(2, 2, 3, padding=1).double(), twin.head
+        self.second.weight, self.second.bias = self.conv.weight, self.conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(torch.tanh(self.conv(x))).flatten(1))
+
+
+@pytest.mark.parametrize("make", [Twice, Shared])
+def test_a_module_used_twice_sums_A_and_averages_G(make: Any) -> None:
+    model, x = make(), draw(3, 2, 4)
+    found = ng.kronecker_fisher(model, ng.Categorical(), x).factors
+    assert list(found) == ["conv", "head"]
+
+    class First(nn.Module):
+        """Two separate layers with the same weights."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = Twice().conv, Twice().conv, Twice().head
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.two(torch.tanh(self.one(x))).flatten(1))
+
+    apart = ng.kronecker_fisher(First(), ng.Categorical(), x).factors
+    torch.testing.assert_close(found["conv"].A, apart["one"].A + apart["two"].A)
+    torch.testing.assert_close(found["conv"].G, (apart["one"].G + apart["two"].G) / 2)
+    torch.testing.assert_close(found["head"].to_dense(), apart["head"].to_dense())
+
+
+class TiedDecoder(nn.Module):
+    """The embedding's weight as that of the last layer, in one of two ways."""
+
+    def __init__(self, functional: bool) -> None:
+        super().__init__()
+        self.embedding, self.functional = nn.Embedding(5, 3), functional
+        self.mid = nn.Linear(3, 3)
+        if not functional:
+            self.head = nn.Linear(3, 5, bias=False)
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = torch.tanh(self.mid(self.embedding(ids)).mean(1))
+        return F.linear(h, self.embedding.weight) if self.functional else self.head(h)
+
+
+@pytest.mark.parametrize("functional", [True, False])
+def test_weights_used_behind_the_layers_back_are_named(functional: bool) -> None:
+    model, ids = TiedDecoder(functional).double(), torch.tensor([[0, 1], [2, 4], [3, 3]])
+    message = "'embedding'.*weight outside of the layer" if functional else "Embedding, shared with another module"
+    with pytest.raises(ValueError, match=message):
+        ng.kronecker_fisher(model, ng.Categorical(), ids)
+    if functional:
+        pre = ng.Preconditioner(model, ng.Categorical())
+        with pytest.raises(ValueError, match=message):
+            pre.observe(model(ids))
+    else:
+        k = ng.kronecker_fisher(model, ng.Categorical(), ids, uncovered="diagonal")
+        exact = ng.Fisher(model, ng.Categorical(), ids).to_dense().diagonal()
+        torch.testing.assert_close(k.to_dense().diagonal()[:15], exact[:15])
+
+
+def test_an_input_changed_in_place_afterwards_is_refused() -> None:
+    class Changed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1
+            s = self.conv(x).detach() + 0 * self.conv.weight.sum()
+            x += 1
+            return s.flatten(1)
+
+    with pytest.raises(RuntimeError, match="'conv' was changed in place"):
+        ng.kronecker_fisher(Changed().double(), ng.Gaussian(), draw(3, 2, 4))
+
+
+def test_checkpointing_counts_a_convolution_once_and_refuses_the_reentrant_kind() -> None:
+    net, x = conv_net()
+    expected = ng.kronecker_fisher(net, ng.Categorical(), x).to_dense()
+
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            self.net, self.reentrant = net, reentrant
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.net, x, use_reentrant=self.reentrant)
+
+    found = ng.kronecker_fisher(Checkpointed(False), ng.Categorical(), x).to_dense()
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match=r"net\.head, net\.layer: called inside.*use_reentrant=False"):
+        ng.kronecker_fisher(Checkpointed(True), ng.Categorical(), x.requires_grad_())
+
+
+def test_channels_last_and_half_precision() -> None:
+    net, x = conv_net()
+    expected = ng.kronecker_fisher(net, ng.Categorical(), x)
+    other = net.to(memory_format=torch.channels_last)
+    found = ng.kronecker_fisher(other, ng.Categorical(), x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(found.to_dense(), expected.to_dense())
+    low = ng.kronecker_fisher(net.bfloat16(), ng.Categorical(), x.bfloat16()).factors["layer"]
+    assert low.A.dtype == torch.float32  # sums over many rows keep their digits
+    error = (low.A.double() - expected.factors["layer"].A).norm() / expected.factors["layer"].A.norm()
+    assert error < 0.01
+
+
+def test_a_layer_without_a_batch_dimension() -> None:
+    class Whole(nn.Module):
+        """The batch is one example for the convolution: its channels are the examples."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(3, 3, 1, groups=3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    model, x = Whole().double(), draw(3, 5)
+    k = ng.kronecker_fisher(model, ng.Gaussian(), x, expectation="exact")
+    ones = torch.cat([x[:, None], torch.ones(3, 1, 5, dtype=x.dtype)], 1)
+    torch.testing.assert_close(k.factors["conv"].A, ones @ ones.mT / 3)
+
+
+def test_nan_batches_do_not_poison_convolution_factors() -> None:
+    net, x = conv_net()
+    y, pre = torch.tensor([0, 1, 2]), ng.Preconditioner(net, ng.Categorical(), periods=ng.Renewal(1, (), 1))
+    for batch in (x, x * torch.nan, x):
+        net.zero_grad()
+        z = net(batch)
+        pre.observe(z)
+        ng.Categorical().nll(net(x), y).backward()
+        pre.step()
+    assert pre.stats["skipped"] == 1
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
