@@ -62,7 +62,7 @@ def check_layer(layer: nn.Module, x: Tensor, *, rtol: float = 1e-7, atol: float 
         raise ValueError(f"x: expected at least three examples, got {x.shape[0]}")
     layer = copy.deepcopy(layer).double()
     x = x.double() if x.is_floating_point() else x
-    close = {"rtol": rtol, "atol": atol}
+    close: dict[str, Any] = {"rtol": rtol, "atol": atol}
     block = block_of("layer", layer)
     if not block.members:
         raise ValueError(f"layer: no parameter of {type(layer).__name__} is trained")
@@ -78,7 +78,7 @@ def check_layer(layer: nn.Module, x: Tensor, *, rtol: float = 1e-7, atol: float 
         check_splits(model, likelihood, x, close)
 
 
-def check_matrix(block: Block, close: dict[str, float]) -> None:
+def check_matrix(block: Block, close: dict[str, Any]) -> None:
     """Parameters → V → parameters is the identity, and V an arrangement of them in the shape that the rule says."""
     generator = torch.Generator().manual_seed(2)
     parts = {
@@ -96,7 +96,7 @@ def check_matrix(block: Block, close: dict[str, float]) -> None:
     assert_close(V.flatten().sort().values, everything, msg=lambda m: f"V is no arrangement of the parameters: {m}")
 
 
-def check_rows(block: Block, x: Tensor, close: dict[str, float]) -> None:
+def check_rows(block: Block, x: Tensor, close: dict[str, Any]) -> None:
     """``Σ g āᵀ`` over the rows is the gradient; the sums are those of the rows, for both kinds of sharing."""
     layer, rule = block.layer, block.rule
     s = layer(x)
@@ -124,7 +124,7 @@ def check_rows(block: Block, x: Tensor, close: dict[str, float]) -> None:
             _check_sums(Block(block.name, rule, block.modules, block.members, sharing), use, a, rows_g, g, close)
 
 
-def check_factors(model: Probe, likelihood: Any, x: Tensor, close: dict[str, float]) -> None:
+def check_factors(model: Probe, likelihood: Any, x: Tensor, close: dict[str, Any]) -> None:
     """A and G as defined, for every expectation; the diagonal of the exact matrix for a diagonal rule."""
     block = block_of("layer", model.layer)
     y = _targets(likelihood, model, x)
@@ -138,7 +138,7 @@ def check_factors(model: Probe, likelihood: Any, x: Tensor, close: dict[str, flo
             exact = _exact(model, likelihood, x, y, expectation).diagonal()
             assert_close(k.to_dense().diagonal(), exact, msg=lambda m, w=what: f"{w}: diagonal: {m}", **close)
             continue
-        if len(block.shape) == 3:
+        if len(block.shape) == 3 or not isinstance(block.rule, KroneckerRule):
             continue
         N, z = x.shape[0], model(x).detach()
         A, G, rows = 0.0, 0.0, 0
@@ -155,10 +155,10 @@ def check_factors(model: Probe, likelihood: Any, x: Tensor, close: dict[str, flo
         assert_close(to_dense(factors.G), G / rows * N / count, msg=lambda m, w=what: f"{w}: G: {m}", **close)
 
 
-def check_exact_cases(model: Probe, likelihood: Any, x: Tensor, close: dict[str, float]) -> None:
+def check_exact_cases(model: Probe, likelihood: Any, x: Tensor, close: dict[str, Any]) -> None:
     """One example at one position: ``A ⊗ G`` is the Fisher matrix of the layer."""
     block = block_of("layer", model.layer)
-    if isinstance(block.rule, DiagonalRule) or len(block.shape) == 3:
+    if not isinstance(block.rule, KroneckerRule) or len(block.shape) == 3:
         return
     with torch.no_grad():
         positions = block.rule.rows(Use(model.layer, x[:1], model.layer(x[:1]).shape)).shape[1]
@@ -169,7 +169,7 @@ def check_exact_cases(model: Probe, likelihood: Any, x: Tensor, close: dict[str,
         assert_close(k.to_dense(), exact, msg=lambda m: f"{message}: {m}", **close)
 
 
-def check_splits(model: Probe, likelihood: Any, x: Tensor, close: dict[str, float]) -> None:
+def check_splits(model: Probe, likelihood: Any, x: Tensor, close: dict[str, Any]) -> None:
     """Any split of the batch gives the same matrix, and so do a mean and a sum up to their scale."""
     if _coupled(model.layer):
         return
@@ -189,7 +189,7 @@ def check_splits(model: Probe, likelihood: Any, x: Tensor, close: dict[str, floa
     assert_close(scaled, mean @ direction, msg=lambda m: f"mean and sum precondition differently: {m}", **close)
 
 
-def _check_sums(block: Block, use: Use, a: Tensor, rows_g: Tensor, g: Tensor, close: dict[str, float]) -> None:
+def _check_sums(block: Block, use: Use, a: Tensor, rows_g: Tensor, g: Tensor, close: dict[str, Any]) -> None:
     rule = block.rule
     assert isinstance(rule, KroneckerRule)
     what = f"sharing={block.sharing!r}"
