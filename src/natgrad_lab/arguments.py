@@ -18,6 +18,7 @@ OPTIMIZERS = (
     "kfac",
     "kfac-paper",
     "kfac-ekfac",
+    "kfac-tridiagonal",
     "hessian-free",
     "krylov",
     "natural-gradient",

@@ -263,6 +263,7 @@ _FACTORIES: dict[str, Callable[..., Competitor]] = {
     "kfac": _kfac,
     "kfac-paper": _kfac,
     "kfac-ekfac": _kfac,
+    "kfac-tridiagonal": _kfac,
     **{name: _family for name in _FAMILY},
     **{name: _first_order for name in _FIRST_ORDER},
 }

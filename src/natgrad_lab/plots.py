@@ -18,10 +18,20 @@ COLOURS = {
     "nesterov": "#009E73",
     "kfac-paper": "#56B4E9",
     "kfac-ekfac": "#999999",
+    "kfac-tridiagonal": "#F0E442",
     "adamw": "#CC79A7",
     "sgd": "#E69F00",
 }
-MARKERS = {"kfac": "o", "adam": "s", "nesterov": "^", "kfac-paper": "D", "kfac-ekfac": "X", "adamw": "v", "sgd": "P"}
+MARKERS = {
+    "kfac": "o",
+    "adam": "s",
+    "nesterov": "^",
+    "kfac-paper": "D",
+    "kfac-ekfac": "X",
+    "kfac-tridiagonal": "p",
+    "adamw": "v",
+    "sgd": "P",
+}
 SPARE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SPARE_MARKERS = ("o", "s", "^", "v", "P", "D")
 

@@ -251,7 +251,7 @@ def test_what_is_refused() -> None:
         ng.KFAC(model, ng.Bernoulli(), structure="ekfac", damping=Damping(form=FactoredTikhonov("one")))
     with pytest.raises(ValueError, match="structure='ekfac' has ExactTikhonov"):
         ng.Preconditioner(model, ng.Bernoulli(), structure="ekfac", form=FactoredTikhonov())
-    with pytest.raises(ValueError, match="KFAC knows 'block_diagonal', 'ekfac'"):
+    with pytest.raises(ValueError, match="KFAC knows 'block_diagonal', 'block_tridiagonal', 'ekfac'"):
         ng.KFAC(model, ng.Bernoulli(), structure="diagonal")
     assert isinstance(ng.KFAC(model, ng.Bernoulli(), structure="ekfac").damping.form, ExactTikhonov)
     paper = ng.KFAC.paper(model, ng.Bernoulli(), structure="ekfac")

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, to_dense
+from natgrad.curvature.pairs import is_pair
 
 
 class RunningFactors:
@@ -70,7 +71,9 @@ class RunningFactors:
 def mean_eigenvalue(factors: Mapping[str, Factors]) -> Float[Tensor, ""]:
     """``tr F̆ / P``: the mean eigenvalue of the block-diagonal approximation over all layers."""
     traces, size = [], 0
-    for block in factors.values():
+    for name, block in factors.items():
+        if is_pair(name):
+            continue
         A, G = _values(block.A), _values(block.G)
         traces.append((_trace(A).double() * _trace(G).double()).sum())
         size += A[..., 0].numel() * G.shape[-1]

@@ -82,8 +82,10 @@ class LayerChain:
         """``F̂^{-1}`` of the damped factors.
 
         Raises:
-            ValueError: a factor, or what a regression leaves, is singular; names the layer, proposes a damping.
+            ValueError: a factor, or what a regression leaves, is singular; names the layer, proposes a damping. Or the
+                rule has a solver.
         """
+        refuse_solver(rule)
         products = [
             invert_block(Factors(A, G), damping, rule, check=True, what=f"the block of layer {name!r}")
             for name, (A, G) in zip(self.names, self.layers, strict=True)
@@ -237,6 +239,16 @@ class ChainFisher(_OnLayers):
 
     def _matmat(self, v: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         return self.Xi.solve(self.Sigma._matmat(self.Xi.solve_transposed(v)))
+
+
+def refuse_solver(rule: FactoredTikhonov) -> None:
+    """Refuse approximate inverses of the factors: regressions and what they leave must belong together.
+
+    Raises:
+        ValueError: the rule has a solver.
+    """
+    if rule.solver is not None:
+        raise ValueError(f"{rule}: structure='block_tridiagonal' inverts its factors by Cholesky; leave solver out")
 
 
 def _split(v: Float[Tensor, "n k"], sizes: Sequence[tuple[int, int]]) -> list[Float[Tensor, "k out columns"]]:

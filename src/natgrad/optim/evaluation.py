@@ -91,7 +91,7 @@ class Evaluator:
         chain: the model as a chain, if it is one.
         static: inputs that are the same at every update, or None.
         diagonal: names of parameters outside of the layers whose diagonal of F is estimated too.
-        inverses: they know in which eigenbases second moments of the gradient are wanted, if any.
+        inverses: they know in which eigenbases second moments of the gradient are wanted, and which cross factors.
         checked: whether a batch was compared with what model and likelihood expect; done once.
     """
 
@@ -239,6 +239,7 @@ class Evaluator:
             generator=generator,
             input_factors=known,
             bases=self.inverses.bases if self.inverses is not None else None,
+            order=self.inverses.order(part.record, part.z) if self.inverses is not None else (),
         )
         if self.diagonal:
             leading = slice(0, part.sampled)

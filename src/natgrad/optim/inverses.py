@@ -1,5 +1,6 @@
 """The damped inverses in use: renewed now and then, kept where a factorisation fails."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from natgrad.curvature.inverse import (
 )
 from natgrad.curvature.running import RunningFactors
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
+from natgrad.layers.capture import Record
 
 Tikhonov = ExactTikhonov | FactoredTikhonov
 
@@ -51,6 +53,37 @@ class LayerInverses:
         taken = running.update(estimate, usable)
         self.average(estimate, running.weight, taken)
         return taken
+
+    @property
+    def pairs(self) -> Mapping[str, str]:
+        """Layers that are inverted together with the next one, and the key of the pair: none."""
+        return {}
+
+    def order(self, record: Record, z: Tensor) -> Sequence[str]:
+        """The layers in forward order, where cross factors of neighbours are wanted: they are not."""
+        return ()
+
+    def couple(self, gradients: Mapping[str, Tensor], proposals: Mapping[str, Tensor]) -> None:
+        """Add what layers contribute to each other's proposals: nothing."""
+
+    def cross_state(self, name: str, factors: Mapping[str, Factors], like: Tensor) -> dict[str, Tensor]:
+        """What a checkpoint needs of the cross factors of a layer and the next one: nothing."""
+        return {}
+
+    def save_order(self) -> dict[str, Tensor]:
+        """What a checkpoint needs to know of the layers' order: nothing."""
+        return {}
+
+    def in_order(self, saved: Mapping[str, Any]) -> "LayerInverses":
+        """Inverses of the same layers in the order of a checkpoint."""
+        return self
+
+    def renewed(self, factors: Mapping[str, Factors], damping: float | Tensor) -> "LayerInverses":
+        """Inverses for another damping beside these, which stay."""
+        other = copy.copy(self)
+        other._kept, other._exact = dict(self._kept), {}
+        other.refresh(factors, damping)
+        return other
 
     def __bool__(self) -> bool:
         return bool(self._kept)

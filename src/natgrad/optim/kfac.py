@@ -1,4 +1,4 @@
-"""K-FAC: [KFAC, Algorithm 2] for the block-diagonal inverse.
+"""K-FAC: [KFAC, Algorithm 2] for the block-diagonal and the block-tridiagonal inverse.
 
 One update, in the order of the paper: gradient and sampled statistics of the mini-batch, inverse (every T₃), proposal
 ``Δ = −F̆^{-1} ∇h``, coefficients (α, μ) of ``δ = α Δ + μ δ₀`` from the exact F, reduction ratio ρ, λ rule (every T₁)
@@ -33,9 +33,8 @@ from natgrad.optim.local_model import LocalModel
 from natgrad.optim.proposal import Proposals
 from natgrad.optim.select import keep_where
 from natgrad.optim.settings import Damping, Periods, StepGuard, Subsets
-from natgrad.optim.static import StaticInputs
 from natgrad.optim.stats import Stats
-from natgrad.optim.structures import check_structure, damping_for, inverses_for
+from natgrad.optim.structures import check_structure, damping_for, inverses_for, static_for
 from natgrad.optim.trials import best_gamma
 from natgrad.quadratic import Subspace, best_coefficients
 
@@ -51,7 +50,8 @@ class KFAC(torch.optim.Optimizer):
     Args:
         model: any module; its ``nn.Linear`` layers get Kronecker factors.
         likelihood: ``p(y | z)``; its ``nll`` is the loss.
-        structure: ``"block_diagonal"``, or ``"ekfac"``: second moments of the gradient in the eigenbasis of F̆.
+        structure: ``"block_diagonal"``; ``"block_tridiagonal"``: F̂, which couples the neighbours in a chain of layers
+            [KFAC, sec. 4.3]; or ``"ekfac"``: second moments of the gradient in the eigenbasis of F̆.
         damping: None (λ starts from the factors of the first batch), a number (λ without η at the first update) or a
             :class:`Damping`.
         l2: η, the coefficient of ``½ ‖θ‖²`` in the objective.
@@ -94,7 +94,7 @@ class KFAC(torch.optim.Optimizer):
         sharing: str | Mapping[str, str] = "expand",
         lr: float = 1.0,
     ) -> None:
-        check_structure(structure, ("block_diagonal", "ekfac"), "KFAC")
+        check_structure(structure, ("block_diagonal", "block_tridiagonal", "ekfac"), "KFAC")
         check_likelihood(likelihood)
         if not 0 <= l2 < math.inf:
             raise ValueError(f"l2={l2}: expected a non-negative number")
@@ -115,14 +115,14 @@ class KFAC(torch.optim.Optimizer):
         self.layout = JointLayout(view, self._coverage)
         self.capture = Capture(model, self._coverage.blocks)
         chain = Chain.of(view)
-        inverses = inverses_for(structure, self.damping.form)
+        inverses = inverses_for(structure, self.damping.form, self._coverage)
         self._evaluator = Evaluator(
             view,
             likelihood,
             self.capture,
             self.layout,
             chain=chain,
-            static=StaticInputs(static_inputs) if static_inputs is not None else None,
+            static=static_for(structure, static_inputs),
             diagonal=self._coverage.uncovered if uncovered == "diagonal" else (),
             inverses=inverses,
         )

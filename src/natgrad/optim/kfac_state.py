@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, diagonal
+from natgrad.optim.inverses import LayerInverses
 from natgrad.optim.layer_state import load_factors, same_keys, same_shape, save_layer, warn_of_threads
 
 if TYPE_CHECKING:
@@ -32,8 +33,14 @@ _NUMBERS = (
 )
 
 
-def save_tensors(kfac: "KFAC") -> list[dict[str, Tensor]]:
-    """Per parameter, in order: δ₀, and what belongs to the layer that the parameter leads."""
+def save_tensors(kfac: "KFAC", inverses: LayerInverses | None = None) -> list[dict[str, Tensor]]:
+    """Per parameter, in order: δ₀, and what belongs to the layer that the parameter leads.
+
+    Args:
+        kfac: the optimiser.
+        inverses: to save in the place of its own.
+    """
+    inverses = kfac.proposals.inverses if inverses is None else inverses
     previous = kfac.layout.parameters(kfac._previous)
     leaders = _leaders(kfac)
     saved = []
@@ -42,7 +49,8 @@ def save_tensors(kfac: "KFAC") -> list[dict[str, Tensor]]:
         factors = kfac._running.factors
         if name in leaders:
             layer = leaders[name]
-            state |= save_layer(kfac._coverage.blocks[layer], factors.get(layer), kfac.proposals.inverses)
+            state |= save_layer(kfac._coverage.blocks[layer], factors.get(layer), inverses)
+            state |= inverses.cross_state(layer, factors, state["A"])
         elif name in kfac._evaluator.diagonal:
             block = factors.get(name)
             squares = diagonal(block.A) if block else torch.zeros_like(parameter)
@@ -69,6 +77,7 @@ def save_numbers(kfac: "KFAC") -> dict[str, Any]:
         **{key: float(count) for key, count in kfac._counts.items()},
         "failed_inverses": kfac.proposals.inverses.failures,
         "generator": kfac._generator.get_state(),
+        **kfac.proposals.inverses.save_order(),
     }
 
 
@@ -102,8 +111,8 @@ def check(kfac: "KFAC", state: Any) -> tuple[Mapping[str, Any], list[Mapping[str
     if names is not None and list(names) != list(kfac.view.names):
         other = next((f"{a!r} for {b!r}" for a, b in zip(names, kfac.view.names, strict=True) if a != b), "")
         raise ValueError(f"state_dict: of a model whose parameters have other names ({other})")
-    tensors = []
-    for key, name, own in zip(groups[0]["params"], kfac.view.names, save_tensors(kfac), strict=True):
+    tensors, inverses = [], kfac.proposals.inverses.in_order(numbers)
+    for key, name, own in zip(groups[0]["params"], kfac.view.names, save_tensors(kfac, inverses), strict=True):
         if key not in state["state"]:
             raise ValueError(f"state_dict['state'] lacks parameter {name!r}")
         saved = state["state"][key]
@@ -123,6 +132,7 @@ def load(kfac: "KFAC", numbers: Mapping[str, Any], tensors: list[Mapping[str, Te
     kfac._started = not kfac._lam.isnan()
     kfac._gamma = torch.full_like(kfac._gamma, numbers["gamma"])
     kfac.proposals.scale = torch.full_like(kfac._lam, numbers["scale"])
+    kfac.proposals.inverses = kfac._evaluator.inverses = kfac.proposals.inverses.in_order(numbers)
     kfac.proposals.inverses.failures = int(numbers["failed_inverses"])
     kfac._generator.set_state(numbers["generator"].cpu())
     for key, count in kfac._counts.items():
@@ -139,6 +149,9 @@ def load(kfac: "KFAC", numbers: Mapping[str, Any], tensors: list[Mapping[str, Te
             if known:
                 kfac._running.factors[leaders[name]] = load_factors(state)
             kfac.proposals.inverses.load(leaders[name], state)
+            if known and "cross_A" in state:
+                pair = kfac.proposals.inverses.pairs[leaders[name]]
+                kfac._running.factors[pair] = Factors(state["cross_A"].clone(), state["cross_G"].clone())
         elif "squared_gradients" in state and known:
             squares, scale = state["squared_gradients"].flatten().clone(), state["squared_gradients_scale"].clone()
             diagonals[name] = Factors(Diagonal(squares), Diagonal(scale))

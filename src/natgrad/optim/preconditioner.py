@@ -103,7 +103,7 @@ class Preconditioner:
         self._watch = Watch(self.view.module, self.capture)
         self._generator = torch.Generator(device=self.view.device).manual_seed(seed)
         self._running = RunningFactors(decay)
-        self._inverses = inverses_for(structure, form_for(structure, form))
+        self._inverses = inverses_for(structure, form_for(structure, form), self._coverage)
         self._pending: Statistics | None = None
         self._steps = 0
         self._observed = False

@@ -1,4 +1,4 @@
-"""The proposal ``Δ = −F̆_γ^{-1} ∇h`` from the averaged factors [KFAC, sec. 4.2, 6.3, 8]."""
+"""The proposal ``Δ = −F̆_γ^{-1} ∇h`` or ``−F̂_γ^{-1} ∇h`` from the averaged factors [KFAC, sec. 4.2, 4.3, 6.3, 8]."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from natgrad.curvature.base import Factors, diagonal
-from natgrad.curvature.inverse import BlockInverse, FactoredInverse, invert_block
+from natgrad.curvature.inverse import FactoredInverse
 from natgrad.curvature.running import RunningFactors, mean_eigenvalue
 from natgrad.damping import ExactTikhonov
 from natgrad.optim.evaluation import Evaluation
@@ -43,15 +43,12 @@ class Proposals:
     def refresh(self, damping: Float[Tensor, ""]) -> None:
         """New decompositions from the averaged factors."""
         self.scale = mean_eigenvalue(self.running.factors)
-        layers = {name: self.running.factors[name] for name in self.layout.block_slices}
-        self.inverses.refresh(layers, damping)
+        self.inverses.refresh(self._factors(), damping)
 
-    def inverse(self, name: str, damping: Float[Tensor, ""], *, fresh: bool = False) -> BlockInverse | None:
-        """A layer's inverse: in the eigenbasis for any damping; a factored one of the last refresh, or fresh."""
-        if fresh and not isinstance(self.form, ExactTikhonov):
-            block = invert_block(self.running.factors[name], damping, self.form)
-            return block if bool(block.ok) else None
-        return self.inverses.at(name, damping)
+    def _factors(self) -> dict[str, Factors]:
+        """Those of the layers and of the pairs that are inverted together."""
+        names = [*self.layout.block_slices, *self.inverses.pairs.values()]
+        return {name: self.running.factors[name] for name in names}
 
     def wants_rows(self, rows: int) -> bool:
         """Whether any layer's proposal is cheaper from the rows of the batch than from its gradient [KFAC, sec. 8]."""
@@ -71,9 +68,12 @@ class Proposals:
             into: the flat buffer for Δ.
             fresh: invert with this damping even where that costs a decomposition.
         """
-        proposal = self.layout.blocks(into)
-        for name, gradient in self.layout.blocks(evaluation.gradient).items():
-            block, rows = self.inverse(name, damping, fresh=fresh), evaluation.rows.get(name)
+        inverses = self.inverses
+        if fresh and not isinstance(self.form, ExactTikhonov):
+            inverses = inverses.renewed(self._factors(), damping)
+        gradients, proposal = self.layout.blocks(evaluation.gradient), self.layout.blocks(into)
+        for name, gradient in gradients.items():
+            block, rows = inverses.at(name, damping), evaluation.rows.get(name)
             if block is None:
                 product = gradient
             elif (
@@ -90,9 +90,10 @@ class Proposals:
             else:
                 product = block.apply(gradient)
             torch.neg(product, out=proposal[name])
-        gradients = self.layout.others(evaluation.gradient)
+        inverses.couple(gradients, proposal)
+        others = self.layout.others(evaluation.gradient)
         for name, part in self.layout.others(into).items():
-            torch.div(gradients[name], -(self._diagonal(name, part) + damping).to(part.dtype), out=part)
+            torch.div(others[name], -(self._diagonal(name, part) + damping).to(part.dtype), out=part)
 
     def _diagonal(self, name: str, part: Tensor) -> Tensor:
         """diag(F) of a parameter that no layer block holds; the identity unless it is estimated."""

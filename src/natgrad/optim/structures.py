@@ -2,13 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from natgrad.curvature.tridiagonal import refuse_solver
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
+from natgrad.layers.coverage import Coverage
 from natgrad.linalg.low_rank import LowRank
+from natgrad.optim.chain_inverses import ChainInverses
 from natgrad.optim.inverses import LayerInverses, Tikhonov
 from natgrad.optim.low_rank_inverses import LowRankInverses
 from natgrad.optim.scaled_inverses import ScaledInverses
 from natgrad.optim.settings import Damping
+from natgrad.optim.static import StaticInputs
 
 
 def check_structure(structure: str, known: Sequence[str], optimiser: str) -> None:
@@ -25,9 +30,16 @@ def damping_for(structure: str, damping: float | Damping | None) -> Damping:
     """K-FAC's damping; EKFAC has the exact form alone.
 
     Raises:
-        ValueError: a factored form that EKFAC does not have was asked for.
+        ValueError: a form that the structure does not have: factored for EKFAC, exact for the block-tridiagonal one.
     """
     given = damping if isinstance(damping, Damping) else Damping(value=damping)
+    if structure == "block_tridiagonal" and isinstance(given.form, ExactTikhonov):
+        raise ValueError(
+            f"damping.form={given.form}: structure='block_tridiagonal' has FactoredTikhonov() alone [KFAC, sec. 6.3]; "
+            "leave form out"
+        )
+    if structure == "block_tridiagonal" and isinstance(given.form, FactoredTikhonov):
+        refuse_solver(given.form)
     if structure != "ekfac":
         return given
     if isinstance(given.form, FactoredTikhonov) and given.form != FactoredTikhonov():
@@ -46,10 +58,30 @@ def form_for(structure: str, form: Tikhonov | None) -> Tikhonov:
     return form or (ExactTikhonov() if structure == "ekfac" else FactoredTikhonov())
 
 
-def inverses_for(structure: str, form: Tikhonov) -> LayerInverses:
+def inverses_for(structure: str, form: Tikhonov, coverage: Coverage) -> LayerInverses:
     """Where the inverses are kept."""
     if structure == "ekfac":
         return ScaledInverses()
+    if structure == "block_tridiagonal" and isinstance(form, FactoredTikhonov):
+        sizes = {name: (b.factor_shapes[1][0], b.factor_shapes[0][0]) for name, b in coverage.blocks.items()}
+        return ChainInverses(form, sizes)
     if isinstance(form, FactoredTikhonov) and isinstance(form.solver, LowRank):
         return LowRankInverses(form)
     return LayerInverses(form)
+
+
+def static_for(structure: str, inputs: Any) -> StaticInputs | None:
+    """Inputs that are the same at every update.
+
+    Raises:
+        ValueError: there are some, and the structure is block-tridiagonal: there an A that is known beforehand cannot
+            stand beside cross factors that are estimated.
+    """
+    if inputs is None:
+        return None
+    if structure == "block_tridiagonal":
+        raise ValueError(
+            "static_inputs: an exact A of the first layer beside estimated cross factors is no covariance, so that "
+            "structure='block_tridiagonal' cannot use it; leave static_inputs out"
+        )
+    return StaticInputs(inputs)

@@ -1,0 +1,179 @@
+r"""``F̂^{-1}`` for the hot path: the block-diagonal inverse, and one correction per pair of neighbouring layers.
+
+For a Gaussian chain the precision is a sum over its edges, ``F̂^{-1} = Σ (F̃ of i and i+1)^{-1} − Σ F̃_ii^{-1}`` (the
+second sum over inner layers), the same whichever way the edges point. That is ``Ξᵀ Λ Ξ`` of [KFAC, sec. 4.3] (a test);
+written so, a layer's own inverse is that of F̆ and the rest is small: in the canonical coordinates of a pair, where
+layer i has P, layer i+1 has Q and their covariance is the diagonal s,
+
+.. math:: U_i \mathrel{+}= \frac{s^2 P - s Q}{1 - s^2}, \qquad U_{i+1} \mathrel{+}= \frac{s^2 Q - s P}{1 - s^2}.
+
+Both factors of a pair have canonical coordinates of their own, ``s = s_G s_Aᵀ``, as many as the smaller of the two
+layers has. They come from the eigenvectors of [KFAC, app. B], of the smaller side alone; the larger side needs no more
+than the inverse that F̆ needs anyway.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from natgrad.curvature.base import Factors, to_dense
+from natgrad.curvature.inverse import FactoredInverse, invert_block
+from natgrad.curvature.pairs import pair_key
+from natgrad.damping import FactoredTikhonov
+from natgrad.linalg.stein import pair_eigh
+
+
+@dataclass(frozen=True)
+class Canonical:
+    r"""Canonical coordinates of one factor of a pair, A or G.
+
+    On the side with fewer dimensions they are whitened, on the other one scaled by s once more: ``Xᵀ A_i X = I`` and
+    ``Yᵀ A_{i+1} Y = diag(s²)``, or the other way round; ``Xᵀ A_{i,i+1} Y = diag(s²)``. No division by s anywhere.
+
+    Args:
+        X: of the lower layer.
+        Y: of the upper one.
+        squares: s².
+    """
+
+    X: Float[Tensor, "lower r"]
+    Y: Float[Tensor, "upper r"]
+    squares: Float[Tensor, " r"]
+
+    @property
+    def whitens_lower(self) -> bool:
+        """Whether the lower layer is the side with fewer dimensions."""
+        return self.X.shape[0] < self.Y.shape[0]
+
+
+class Edge:
+    """The correction for one pair of neighbouring layers.
+
+    Args:
+        A: coordinates of the layers' inputs.
+        G: of the derivatives at their outputs.
+
+    Attributes:
+        clipped: how many eigenvalues ``1 − s²`` were raised to working precision.
+    """
+
+    def __init__(self, A: Canonical, G: Canonical) -> None:
+        self.A, self.G = A, G
+        squares = torch.outer(G.squares, A.squares)
+        rest = 1 - squares
+        floor = 10 * torch.finfo(rest.dtype).eps * max(len(A.Y), len(A.X), len(G.X), len(G.Y))
+        self.clipped: Int[Tensor, ""] = (rest < floor).sum()
+        self.weight = rest.clamp_(min=floor).reciprocal_()
+        ones = [torch.ones_like(c.squares) for c in (G, A)]
+        of_lower = [c.squares if c.whitens_lower else one for c, one in zip((G, A), ones, strict=True)]
+        of_upper = [one if c.whitens_lower else c.squares for c, one in zip((G, A), ones, strict=True)]
+        self._lower = torch.outer(*of_lower).mul_(self.weight)
+        self._upper = torch.outer(*of_upper).mul_(self.weight)
+
+    def subtract(self, V: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+        """Subtract both corrections from two buffers.
+
+        Args:
+            V: the matrices of the lower and of the upper layer, ``[out, columns]``.
+            into: buffers shaped like them.
+        """
+        P = _coordinates(self.G.X, V[0].to(self.weight.dtype), self.A.X)
+        Q = _coordinates(self.G.Y, V[1].to(self.weight.dtype), self.A.Y)
+        _subtract_product(self.G.X, (self._lower * P).addcmul_(self.weight, Q, value=-1), self.A.X, into[0])
+        _subtract_product(self.G.Y, (self._upper * Q).addcmul_(self.weight, P, value=-1), self.A.Y, into[1])
+
+
+@dataclass(frozen=True)
+class CoupledInverse:
+    """``F̂^{-1}`` of damped factors; never changes.
+
+    Args:
+        blocks: of F̆, by layer name.
+        edges: by the key of the pair.
+        ok: whether it can be used.
+    """
+
+    blocks: dict[str, FactoredInverse]
+    edges: dict[str, Edge]
+    ok: Bool[Tensor, ""]
+
+
+def invert_chain(
+    order: Sequence[str], factors: Mapping[str, Factors], damping: float | Tensor, rule: FactoredTikhonov
+) -> CoupledInverse:
+    """F̂^{-1} of the damped factors of a chain: a pure function.
+
+    Args:
+        order: the layers, in forward order.
+        factors: of the layers, and of neighbours by :func:`~natgrad.curvature.pairs.pair_key`.
+        damping: γ².
+        rule: how it enters.
+    """
+    blocks: dict[str, FactoredInverse] = {}
+    damped: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in order:
+        full = Factors(to_dense(factors[name].A), to_dense(factors[name].G))
+        inverse = invert_block(full, damping, rule)
+        assert isinstance(inverse, FactoredInverse)  # for the type checker
+        blocks[name] = inverse
+        of_a, of_g = rule.split(to_dense(full.A), to_dense(full.G), damping)
+        damped[name] = _plus_diagonal(to_dense(full.A), of_a), _plus_diagonal(to_dense(full.G), of_g)
+    ok = torch.stack([block.ok for block in blocks.values()]).all()
+    edges: dict[str, Edge] = {}
+    if ok:
+        for lower, upper in zip(order[:-1], order[1:], strict=True):
+            cross = factors[pair_key(lower, upper)]
+            A, ok_a = canonical(damped[lower][0], to_dense(cross.A), damped[upper][0], blocks[lower].A, blocks[upper].A)
+            G, ok_g = canonical(damped[lower][1], to_dense(cross.G), damped[upper][1], blocks[lower].G, blocks[upper].G)
+            edges[pair_key(lower, upper)] = Edge(A, G)
+            ok = ok & ok_a & ok_g
+    return CoupledInverse(blocks, edges, ok)
+
+
+def canonical(
+    lower: Tensor, cross: Tensor, upper: Tensor, lower_inverse: Tensor, upper_inverse: Tensor
+) -> tuple[Canonical, Bool[Tensor, ""]]:
+    """Canonical coordinates of one factor, and whether they can be used.
+
+    Args:
+        lower: the damped A or G of the lower layer.
+        cross: that of the pair.
+        upper: the damped one of the upper layer.
+        lower_inverse: of ``lower``.
+        upper_inverse: of ``upper``.
+    """
+    if lower.shape[0] < upper.shape[0]:
+        turned, ok = canonical(upper, cross.mT, lower, upper_inverse, lower_inverse)
+        return Canonical(turned.Y, turned.X, turned.squares), ok
+    regression = lower_inverse @ cross
+    Y, squares, ok = pair_eigh(upper, cross.mT @ regression)
+    Y = Y.contiguous()
+    return Canonical(regression @ Y, Y, squares.clamp(min=0)), ok
+
+
+def _plus_diagonal(M: Tensor, damping: Tensor) -> Tensor:
+    M = M.clone()
+    M.diagonal().add_(damping)
+    return M
+
+
+def _coordinates(left: Tensor, V: Tensor, right: Tensor) -> Tensor:
+    """``leftᵀ V right``, the cheaper product first."""
+    r, d = left.shape[1], left.shape[0]
+    if r * V.shape[1] * (d + right.shape[1]) <= V.shape[1] * right.shape[1] * d + d * right.shape[1] * r:
+        return (left.mT @ V) @ right
+    return left.mT @ (V @ right)
+
+
+def _subtract_product(left: Tensor, E: Tensor, right: Tensor, into: Tensor) -> None:
+    """``into −= left E rightᵀ``, the cheaper product first."""
+    (d, r), (e, k) = left.shape, right.shape
+    first = d * r * k + d * k * e <= r * k * e + d * r * e
+    factors = (left @ E, right.mT) if first else (left, E @ right.mT)
+    if into.dtype == E.dtype:
+        into.addmm_(*factors, alpha=-1)
+    else:
+        into.sub_((factors[0] @ factors[1]).to(into.dtype))
