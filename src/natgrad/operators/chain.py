@@ -5,7 +5,7 @@ its output, which is the next layer's input. No graph is built, some rows of a b
 J v costs one pass [KFAC, app. C]. Any other model goes through automatic differentiation, to the same numbers (a test).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -81,14 +81,21 @@ class Chain:
             inputs: the recorded input of each layer, ``[..., in]``.
             cotangent: shaped like z; not changed.
         """
-        found: dict[str, Tensor] = {}
+        return {name: g for name, _, g in self.layerwise(dict(inputs), cotangent)}
+
+    def layerwise(self, inputs: dict[str, Tensor], cotangent: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The name, the input a and g of every layer, from the last to the first.
+
+        Each input is taken out of ``inputs`` once it is not needed any more: who keeps no reference of its own needs
+        the memory of one layer's g at a time.
+        """
         g = cotangent.flatten(0, -2)
         for index in reversed(range(len(self.layers))):
             name, layer = self.names[index], self.layers[index]
-            found[name] = g.view(*inputs[name].shape[:-1], layer.out_features)
+            yield name, inputs[name], g.view(*inputs[name].shape[:-1], layer.out_features)
+            a = inputs.pop(name)
             if index:
-                g = self._times_slope(index - 1, g @ layer.weight.detach(), inputs[name])
-        return found
+                g = self._times_slope(index - 1, g @ layer.weight.detach(), a)
 
     def tangents(
         self,
@@ -174,6 +181,15 @@ class ChainRecord(Record):
     def select(self, rows: Tensor) -> "ChainRecord":
         """The same pass for some of the examples."""
         return ChainRecord(self.chain, {name: a[rows] for name, a in self.layer_inputs.items()})
+
+    def layerwise(self, cotangent: Tensor, *, consume: bool = False) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The name, the input a and g of every layer, from the last to the first.
+
+        Args:
+            cotangent: shaped like z.
+            consume: give the inputs up on the way; nothing else can be asked of this record then.
+        """
+        return self.chain.layerwise(self.layer_inputs if consume else dict(self.layer_inputs), cotangent)
 
     def gradients(
         self,

@@ -6,14 +6,14 @@ chunk of their own, whose single forward pass serves the gradient, the backward 
 linearised pass; the other rows see nothing but the gradient.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from natgrad.curvature.base import LayerSums, Statistics
 from natgrad.curvature.cotangents import validate_targets
@@ -162,11 +162,9 @@ class Evaluator:
         if plain_sum:
             count = count * (batch_size(part.inputs) / examples)
         if part.gradient:
-            gradients = self._accumulate(part, derivative, found.gradient, add=not first)
+            self._accumulate(part, derivative, found, add=not first, keep_rows=keep_rows)
             found.loss += nll
             found.count += count
-            if keep_rows:
-                _keep_rows(part.record, gradients, found.rows)
         if part.replay is None:
             return
         again = part.inputs, part.targets, part.replay, nll, count
@@ -257,8 +255,16 @@ class Evaluator:
                 statistics.layers[name] = LayerSums(square.flatten(), ones, part.sampled)
         return statistics
 
-    def _accumulate(self, part: _Pass, cotangent: Tensor, into: Tensor, *, add: bool) -> dict[str, list[Tensor]]:
-        """Write this pass's gradient of the summed nll to ``into``, or add it; returns the g's."""
+    def _accumulate(self, part: _Pass, cotangent: Tensor, found: Evaluation, *, add: bool, keep_rows: bool) -> None:
+        """Write this pass's gradient of the summed nll, or add it; keep its (a, g) where they are asked for."""
+        into = found.gradient
+        matrices = self.layout.blocks(into)
+        if isinstance(part.record, ChainRecord):
+            for name, a, g in part.record.layerwise(cotangent, consume=part.replay is None):
+                _add_products(part.record.layers[name], [(a, g)], matrices[name], add=add)
+                if keep_rows:
+                    found.rows.setdefault(name, []).append((flatten_rows(a), flatten_rows(g)))
+            return
         by_hand = {name: b for name, b in part.record.blocks.items() if type(b.rule) is LinearRule}
         targets = self.layout.parameters(into)
         own = {member for block in by_hand.values() for member in block.members.values()}
@@ -268,26 +274,31 @@ class Evaluator:
             part.z, cotangent, parameters=other_parameters, retain_graph=bool(part.sampled)
         )
         inputs = part.record.inputs
-        matrices = self.layout.blocks(into)
         for name in by_hand:
-            block = matrices[name]
-            weight, bias = trainable_parts(part.record.layers[name])
-            beta = float(add)  # at 0 what was there does not matter, not even if it is not finite
-            for a, g in zip(inputs.get(name, []), gradients.get(name, []), strict=True):
-                a, g = flatten_rows(a), flatten_rows(g)
-                if weight:
-                    block[:, : a.shape[-1]].addmm_(g.T, a, beta=beta)
-                if bias:
-                    block[:, -1].add_(g.sum(0)) if beta else torch.sum(g, 0, out=block[:, -1])
-                beta = 1.0
-            if not beta:
-                block.zero_()
+            pairs = zip(inputs.get(name, []), gradients.get(name, []), strict=True)
+            _add_products(part.record.layers[name], pairs, matrices[name], add=add)
         for target, gradient in zip(others.values(), other_gradients, strict=True):
             if not add:
                 target.zero_()
             if gradient is not None:
                 target.add_(gradient)
-        return gradients
+        if keep_rows:
+            _keep_rows(part.record, gradients, found.rows)
+
+
+def _add_products(layer: nn.Linear, pairs: Iterable[tuple[Tensor, Tensor]], into: Tensor, *, add: bool) -> None:
+    """Write ``Σ g āᵀ`` over the calls of a linear layer to its block ``[W b]``, or add it."""
+    weight, bias = trainable_parts(layer)
+    beta = float(add)  # at 0 what was there does not matter, not even if it is not finite
+    for a, g in pairs:
+        a, g = flatten_rows(a), flatten_rows(g)
+        if weight:
+            into[:, : a.shape[-1]].addmm_(g.T, a, beta=beta)
+        if bias:
+            into[:, -1].add_(g.sum(0)) if beta else torch.sum(g, 0, out=into[:, -1])
+        beta = 1.0
+    if not beta:
+        into.zero_()
 
 
 def _select_both(inputs: Any, targets: Any, rows: Tensor) -> tuple[Any, Any]:
