@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.curvature.base import factors_from
+from natgrad.curvature.base import Statistics, factors_from
 from natgrad.curvature.running import RunningFactors, mean_eigenvalue
 from natgrad.damping import FactoredTikhonov
 from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
@@ -205,6 +205,7 @@ class KFAC(torch.optim.Optimizer):
         self._add_l2(evaluation.gradient)
         if evaluation.statistics.examples:
             self.proposals.observe(factors_from(evaluation.statistics, in_place=True), finite)
+            evaluation.statistics = Statistics()  # they take as much memory as the averages
         self._tie_gamma()
         if not self._started:
             self._start(finite)
