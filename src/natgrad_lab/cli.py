@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from natgrad_lab import cli_paper, cli_search
+from natgrad_lab import cli_inspect, cli_paper, cli_search
 from natgrad_lab.arguments import (
     OPTIMIZERS,
     Refused,
@@ -38,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_paper.app)
 app.command("search")(cli_search.search)
+app.command()(cli_inspect.inspect)
 
 
 class Activation(StrEnum):

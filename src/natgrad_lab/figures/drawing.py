@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, PngImagePlugin
+from torch import Tensor
 
 from natgrad_lab.plots import SPARE_COLOURS, SPARE_MARKERS, THEMES, style_axes
 from natgrad_lab.recipes.run import Record
@@ -22,6 +23,8 @@ from natgrad_lab.records import replace_text, write_json
 QUICK = "quick size: it shows that the recipe runs and is not comparable with the paper"
 COLOURS, MARKERS, INK = SPARE_COLOURS, SPARE_MARKERS, THEMES["light"]
 COLOURS_OF_PNG = 128
+# The shade that is white is the value that so many entries of a matrix do not exceed.
+WHITE_QUANTILE = 0.995
 
 
 @dataclass
@@ -142,3 +145,9 @@ def shade(axes: Axes, matrix: Any, title: str, *, largest: float, edges: Sequenc
     axes.set_yticks([])
     axes.set_title(title, color=INK["ink"], fontsize=11)
     return image
+
+
+def white_level(matrix: Tensor, quantile: float = WHITE_QUANTILE) -> float:
+    """The value that is shown white."""
+    values = matrix.abs().flatten()
+    return values.kthvalue(max(1, int(quantile * len(values)))).values.item()

@@ -3,14 +3,12 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from natgrad_lab.figures.drawing import INK, Drawing, canvas, draws, shade
+from natgrad_lab.figures.drawing import INK, WHITE_QUANTILE, Drawing, canvas, draws, shade, white_level
 from natgrad_lab.recipes.run import Record
 
-# The shade that is white is the value that so many of F's entries do not exceed; the same in all pictures of a figure.
-# Inverses have a strong diagonal: there a lower level shows the rest.
-WHITE_QUANTILE, WHITE_QUANTILE_INVERSE = 0.995, 0.98
+# Inverses have a strong diagonal: a lower level of white shows the rest.
+WHITE_QUANTILE_INVERSE = 0.98
 
 
 @draws("kfac-fig2")
@@ -94,12 +92,6 @@ def block_rows(means: list[list[float]], which: str) -> list[tuple[str, str, str
         for k, mean in enumerate(diagonals)
         if k
     ]
-
-
-def white_level(matrix: Tensor, quantile: float = WHITE_QUANTILE) -> float:
-    """The value that is shown white."""
-    values = matrix.abs().flatten()
-    return values.kthvalue(max(1, int(quantile * len(values)))).values.item()
 
 
 def edges(result: dict[str, Any]) -> list[int]:
