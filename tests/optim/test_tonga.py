@@ -146,9 +146,20 @@ def test_batch_normalisation_by_the_batch_is_refused() -> None:
         ({"share": 0.0}, "share=0.0"),
         ({"blocks": "rows"}, "blocks='rows'"),
         ({"gradients": 0}, "gradients=0"),
+        ({"momentum": 1.0}, "momentum=1.0"),
         ({"chunk_size": 0}, "chunk_size=0"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ng.TONGA(mlp(4, 3), ng.Gaussian(), **settings)
+
+
+def test_momentum_adds_up_directions() -> None:
+    model, (x, y) = mlp(4, 5, 3), data(ng.Gaussian(), 4, 3)
+    opt, velocity = ng.TONGA(model, ng.Gaussian(), lr=0.1, damping=0.3, momentum=0.8), torch.zeros(43)
+    for _ in range(3):
+        velocity = 0.8 * velocity + dense_step(model, "gaussian", x, y, 0.3, centered=False)
+        expected = vector(model) + 0.1 * velocity
+        opt.step(x, y)
+        torch.testing.assert_close(vector(model), expected)

@@ -20,7 +20,9 @@ MAKERS: dict[str, Callable[..., WholeModelOptimizer]] = {
     "NaturalGradient": lambda model, likelihood, **settings: ng.NaturalGradient(
         model, likelihood, preconditioner=ng.KroneckerPreconditioner(rows=8), **settings
     ),
-    "TONGA": lambda model, likelihood, **settings: ng.TONGA(model, likelihood, damping=1.0, gradients=8, **settings),
+    "TONGA": lambda model, likelihood, **settings: ng.TONGA(
+        model, likelihood, damping=1.0, momentum=0.5, gradients=8, **settings
+    ),
 }
 by_optimiser = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 LIKELIHOOD = ng.Bernoulli()

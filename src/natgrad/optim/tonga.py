@@ -39,6 +39,7 @@ class TONGA(WholeModelOptimizer):
         damping: λ, constant; None takes ``share`` of the trace of C at every step, so that the step does not depend on
             the scale of the loss.
         share: see ``damping``.
+        momentum: μ in ``v ← μ v + (C + λ I)^{-1} ∇h``, the step then being ``−lr v``.
         centered: True takes the covariance of the derivation instead of U, and steps of no bounded length.
         blocks: "full"; "layer" or "tensor" drop the covariance between layers or parameters.
         gradients: at most so many examples of a batch, chosen at random, enter C; None for all of them.
@@ -62,6 +63,7 @@ class TONGA(WholeModelOptimizer):
         lr: float = 1.0,
         damping: float | None = None,
         share: float = 0.01,
+        momentum: float = 0.0,
         centered: bool = False,
         blocks: Blocks = "full",
         gradients: int | None = None,
@@ -77,12 +79,19 @@ class TONGA(WholeModelOptimizer):
             )
         if not 0 < share < math.inf:
             raise ValueError(f"share={share}: expected a positive number, the part of C's trace that is the damping")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum}: expected a number from 0 up to, but not including, 1")
         if gradients is not None and gradients < 1:
             raise ValueError(f"gradients={gradients}: expected at least one example, or None for the whole batch")
         super().__init__(model, likelihood, lr=lr, seed=seed, forward=forward)
         self.damping, self.share, self.centered, self.blocks = damping, share, centered, blocks
-        self.gradients = gradients
+        self.gradients, self.momentum = gradients, momentum
+        size = self.view.num_parameters if momentum else 0
+        self._velocity = torch.zeros(size, dtype=self.view.dtype, device=self.view.device)
         self._collect = PerExampleGradients(self.view, chunk_size)
+
+    def _vectors(self) -> dict[str, Tensor]:
+        return {"velocity": self._velocity} if self.momentum else {}
 
     @torch.no_grad()
     def step(  # pyrefly: ignore[bad-override] - evaluates the model itself
@@ -130,6 +139,9 @@ class TONGA(WholeModelOptimizer):
         usable = torch.isfinite(loss) & torch.isfinite(trace) & (inverse.ok | (damping <= tiny))
         usable = usable & torch.isfinite(direction.sum())
         step = torch.where(usable & (damping > tiny), -direction, torch.zeros_like(direction))
+        if self.momentum:
+            self._velocity.copy_(torch.where(usable, self.momentum * self._velocity + step, self._velocity))
+            step = torch.where(usable, self._velocity, torch.zeros_like(step))
         self._add(step)
         self._count_step(usable, buffers)
         self.stats = Stats(
