@@ -15,7 +15,8 @@ from natgrad.curvature.per_example import PerExampleGradients
 from natgrad.linalg import RelativeProgress
 from natgrad.model_view import ModelView
 from natgrad.optim.inner_solve import DiagonalPreconditioner, InnerSolve, LineSearch
-from natgrad.optim.objective import DampedCurvature, Objective
+from natgrad.optim.newton import KrylovSolver, NewtonModel
+from natgrad.optim.objective import Objective
 
 LIKELIHOODS = {"gaussian": ng.Gaussian(), "bernoulli": ng.Bernoulli(), "categorical": ng.Categorical()}
 EXACT = InnerSolve(max_iters=200, progress=None, store=None)
@@ -65,6 +66,24 @@ def test_gauss_newton_and_metric_take_identical_steps_for_matching_losses(family
     torch.testing.assert_close(paths[0], paths[1], atol=1e-9, rtol=1e-7)
 
 
+@pytest.mark.parametrize("family", LIKELIHOODS)
+def test_it_is_the_natural_gradient_with_a_line_search(family: str) -> None:
+    likelihood, ends = LIKELIHOODS[family], []
+    for name in ("HessianFree", "NaturalGradient"):
+        model, (x, y) = mlp(4, 5, 3), data(likelihood, 4, 3)
+        if name == "HessianFree":
+            solve = InnerSolve(max_iters=8, progress=None, warm_start=0.0, exponent=0.0, store=None)
+            opt: Any = ng.HessianFree(model, likelihood, damping=0.3, solve=solve)
+        else:
+            solver = KrylovSolver("cg", tol=0.0, max_iters=8)
+            opt = ng.NaturalGradient(model, likelihood, solver=solver, damping=0.3)
+        for _ in range(3):
+            opt.step(x, y)
+            assert opt.stats["accepted"] and opt.stats.get("alpha", 1.0) == 1.0
+        ends.append((vector(model), opt.stats["lambda"], opt.stats["rho"]))
+    torch.testing.assert_close(ends[0], ends[1], atol=1e-8, rtol=1e-6)
+
+
 class _Quartic(ng.Gaussian):
     """A loss that does not match: ``Σ (z − y)⁴``, whose Gauss-Newton matrix depends on y and is no Fisher matrix."""
 
@@ -85,14 +104,14 @@ def test_they_differ_for_a_loss_that_does_not_match() -> None:
 def test_micro_batches_are_one_batch_and_counts_that_differ_are_weighed() -> None:
     likelihood = ng.Categorical(normalizer="element", ignore_index=2)
     model, (x, y) = mlp(4, 5, 3), data(likelihood, 4, 3)
-    view = ModelView(model)
-    parts = [(x[:5], y[:5]), (x[5:], y[5:])]
-    torch.testing.assert_close(
-        DampedCurvature(view, likelihood, parts).to_dense(), ng.GaussNewton(model, likelihood, x, y).to_dense()
-    )
-    loss, gradient, _ = Objective(view, likelihood, parts, 0.2).first()
-    torch.testing.assert_close(loss, likelihood.nll(model(x), y).detach())
-    torch.testing.assert_close(gradient, gradient_of(model, likelihood, x, y, 0.2))
+    newton = NewtonModel(ModelView(model), likelihood)
+    batch = newton.evaluate([(x[:5], y[:5]), (x[5:], y[5:])])
+    expected = ng.GaussNewton(model, likelihood, x, y).to_dense()
+    torch.testing.assert_close(newton.curvature(batch.parts, 0.0, "gauss_newton").to_dense(), expected)
+    parts = newton.parts([(x[:4], y[:4]), (x[4:], y[4:])])
+    torch.testing.assert_close(newton.curvature(parts, 0.0, "gauss_newton").to_dense(), expected)
+    torch.testing.assert_close(batch.loss, likelihood.nll(model(x), y).detach())
+    torch.testing.assert_close(batch.gradient, gradient_of(model, likelihood, x, y))
     paths = []
     for size in (None, 5):
         model = mlp(4, 5, 3)
@@ -103,7 +122,8 @@ def test_micro_batches_are_one_batch_and_counts_that_differ_are_weighed() -> Non
 
 def test_the_objective_elsewhere_and_back() -> None:
     model, (x, y) = mlp(4, 5, 3), data(ng.Bernoulli(), 4, 3)
-    h = Objective(ModelView(model), ng.Bernoulli(), [(x[:4], y[:4]), (x[4:], y[4:])], 0.1)
+    newton = NewtonModel(ModelView(model), ng.Bernoulli())
+    h = Objective(newton, newton.parts([(x[:4], y[:4]), (x[4:], y[4:])]), 0.1)
     before, offset = vector(model), 0.1 * torch.randn(43, dtype=torch.float64)
     value, (again, gradient) = h.at(offset), h.gradient_at(offset)
     assert torch.equal(vector(model), before)
@@ -111,7 +131,7 @@ def test_the_objective_elsewhere_and_back() -> None:
     assert float(value) == pytest.approx(objective(model, ng.Bernoulli(), x, y, 0.1))
     torch.testing.assert_close(again, value)
     torch.testing.assert_close(gradient, gradient_of(model, ng.Bernoulli(), x, y, 0.1))
-    with pytest.raises(KeyboardInterrupt), h.displaced(offset):
+    with pytest.raises(KeyboardInterrupt), newton.displaced(offset):
         raise KeyboardInterrupt
     torch.testing.assert_close(vector(model), before + offset, rtol=0, atol=0)
 
@@ -119,11 +139,13 @@ def test_the_objective_elsewhere_and_back() -> None:
 def test_dropout_draws_the_same_masks_whenever_h_is_evaluated() -> None:
     model = nn.Sequential(nn.Linear(4, 30), nn.Dropout(0.5), nn.Linear(30, 3)).double()
     x, y = data(ng.Gaussian(), 4, 3)
-    h = Objective(ModelView(model), ng.Gaussian(), [(x, y)])
-    loss, _, _ = h.first()
-    zero = torch.zeros(ModelView(model).num_parameters, dtype=torch.float64)
-    torch.testing.assert_close(h.at(zero), loss)
-    torch.testing.assert_close(h.gradient_at(zero)[0], loss)
+    newton = NewtonModel(ModelView(model), ng.Gaussian())
+    batch = newton.evaluate([(x, y)])
+    h, zero = Objective(newton, batch.parts), torch.zeros_like(batch.gradient)
+    torch.testing.assert_close(h.at(zero), batch.loss)
+    again, gradient = h.gradient_at(zero)
+    torch.testing.assert_close(again, batch.loss)
+    torch.testing.assert_close(gradient, batch.gradient)
 
 
 @pytest.mark.parametrize("name", ["mlp", "sequence", "conv"])
@@ -163,10 +185,12 @@ def test_backtracking_takes_the_stored_iterate_from_which_going_back_is_worse() 
     twin.load_state_dict(model.state_dict())
     solve = InnerSolve(30, None, 0.0, 0.0)
     opt = ng.HessianFree(model, ng.Bernoulli(), damping=1e-3, solve=solve, search=None, rule=None)
-    h = Objective(ModelView(twin), ng.Bernoulli(), [(x, y)])
-    _, gradient, _ = h.first()
-    damped = DampedCurvature(ModelView(twin), ng.Bernoulli(), [(x, y)], damping=1e-3)
-    stored = ng.linalg.cg(damped, -gradient, tol=1e-10, max_iters=30, store=ng.linalg.geometric_indices(30)).iterates
+    newton = NewtonModel(ModelView(twin), ng.Bernoulli())
+    batch = newton.evaluate([(x, y)])
+    h, damped = Objective(newton, batch.parts), newton.curvature(batch.parts, 1e-3, "gauss_newton")
+    stored = ng.linalg.cg(
+        damped, -batch.gradient, tol=1e-10, max_iters=30, store=ng.linalg.geometric_indices(30)
+    ).iterates
     values = {i: float(h.at(step)) for i, step in stored.items()}
     best = max(stored)
     for i in sorted(stored, reverse=True)[1:]:

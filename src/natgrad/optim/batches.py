@@ -1,8 +1,9 @@
 """From what a user hands to ``step`` to a list of (inputs, targets) micro-batches."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from natgrad.model_view import batch_size, select_rows
@@ -51,3 +52,27 @@ def micro_batches(inputs: Any, targets: Any, size: int | None) -> list[tuple[Any
             pieces = range(0, rows, size)
             split.extend((select_rows(x, slice(i, i + size)), select_rows(y, slice(i, i + size))) for i in pieces)
     return split
+
+
+def share_of(
+    batches: Sequence[tuple[Any, Any]], share: float, generator: torch.Generator
+) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
+    """Some examples of every micro-batch, chosen at random, and the others.
+
+    Args:
+        batches: (inputs, targets) micro-batches.
+        share: of the examples of each, at least one.
+        generator: the source of the choice; not used where the share is 1.
+    """
+    if share == 1:
+        return list(batches), []
+    chosen, others = [], []
+    for x, y in batches:
+        size = batch_size(x)
+        order = torch.randperm(size, generator=generator, device=generator.device)
+        cut = min(size, max(1, round(share * size)))
+        for part, into in ((order[:cut], chosen), (order[cut:], others)):
+            if len(part):
+                rows = part.sort().values
+                into.append((select_rows(x, rows), select_rows(y, rows)))
+    return chosen, others

@@ -16,9 +16,12 @@ from natgrad.damping_rules import LevenbergMarquardt
 from natgrad.likelihoods import Likelihood
 from natgrad.linalg import Solution, cg, geometric_indices
 from natgrad.model_view import Forward
+from natgrad.operators.damped import DampedSum
 from natgrad.operators.gradient_moments import check_examples_apart
+from natgrad.optim.batches import share_of
 from natgrad.optim.inner_solve import DiagonalPreconditioner, InnerSolve, LineSearch
-from natgrad.optim.objective import Curvature, DampedCurvature, Objective, check_curvature, share_of
+from natgrad.optim.newton import Evaluated, NewtonModel
+from natgrad.optim.objective import Curvature, Objective, curvature_name
 from natgrad.optim.stats import Stats
 from natgrad.optim.whole_model import WholeModelOptimizer
 from natgrad.quadratic import reduction_ratio
@@ -74,7 +77,7 @@ class HessianFree(WholeModelOptimizer):
         seed: int = 0,
         forward: Forward | None = None,
     ) -> None:
-        check_curvature(curvature)
+        self._kind = curvature_name(curvature)
         if damping is not None and not 0 <= damping < math.inf:
             raise ValueError(f"damping={damping}: λ must be a non-negative number, or None for the first batch's")
         if not 0 < start < math.inf:
@@ -84,7 +87,8 @@ class HessianFree(WholeModelOptimizer):
         if not 0 < share <= 1:
             raise ValueError(f"share={share}: expected a number above 0 and up to 1")
         super().__init__(model, likelihood, lr=lr, seed=seed, forward=forward)
-        self.curvature, self.start, self.rule, self.l2, self.share = curvature, start, rule, l2, share
+        self._newton = NewtonModel(self.view, likelihood, self._validate)
+        self.start, self.rule, self.l2, self.share = start, rule, l2, share
         self.solve, self.search = solve, search
         self._collect = PerExampleGradients(self.view) if solve.exponent else None
         self._lam = self._scalar(math.nan if damping is None else damping)
@@ -133,27 +137,32 @@ class HessianFree(WholeModelOptimizer):
             check_examples_apart(
                 self.view, "the preconditioner of single gradients (InnerSolve(exponent=0) does without)"
             )
-        objective = Objective(self.view, self.likelihood, batches, self.l2)
-        loss, gradient, finite = self._first(objective)
-        report: dict[str, Any] = {"loss": loss, "accepted": False, "reason": "non_finite", "step_norm": 0.0}
-        if finite and not bool(gradient.any()):
-            report["reason"] = "zero_gradient"
-        elif finite:
+        buffers = self._buffers()
+        batch = self._newton.evaluate(batches)
+        self._count_step(batch.finite, buffers)
+        report: dict[str, Any] = {"loss": batch.loss, "accepted": False, "reason": "non_finite", "step_norm": 0.0}
+        if bool(batch.finite):
+            objective = Objective(self._newton, batch.parts, self.l2)
+            objective.add_penalty_(batch.gradient)
             chosen = other or share_of(batches, self.share, self._generator)[0]
-            report |= self._update(objective, chosen, loss, gradient)
-        self.stats = Stats({**report, "lambda": self._lam, **self._counts, "updates": self._update_number})
-        return loss.to(gradient.dtype)
+            report["reason"] = "zero_gradient"
+            if bool(batch.gradient.any()):
+                report |= self._update(objective, batch, chosen, other is None and self.share == 1)
+        counts = {name: count.clone() for name, count in self._counts.items()}
+        self.stats = Stats({**report, "lambda": self._lam.clone(), **counts, "updates": self._update_number})
+        return batch.loss.to(self.view.dtype)
 
     def _update(
-        self, objective: Objective, chosen: list[tuple[Any, Any]], loss: Tensor, gradient: Float[Tensor, " P"]
+        self, objective: Objective, batch: Evaluated, chosen: list[tuple[Any, Any]], same: bool
     ) -> dict[str, Any]:
-        """From the gradient to new parameters and λ; returns what there is to report."""
-        before = loss + objective.penalty()
-        damped = DampedCurvature(self.view, self.likelihood, chosen, self.curvature)
+        """From the gradient to new parameters and λ; returns what there is to report. ``same``: G is of the batch."""
+        gradient, before = batch.gradient, batch.loss + objective.penalty()
+        parts = batch.parts if same else self._newton.parts(chosen)
         if self._lam.isnan():
-            along = torch.dot(gradient, damped.curvature(gradient[:, None])[:, 0]) / torch.dot(gradient, gradient)
+            undamped = self._newton.curvature(parts, 0.0, self._kind)
+            along = torch.dot(gradient, undamped @ gradient) / torch.dot(gradient, gradient)
             self._lam.copy_(torch.where(along > 0, self.start * along, 1.0))
-        damped.damping = (self._lam + self.l2).to(gradient.dtype)
+        damped = self._newton.curvature(parts, self._lam + self.l2, self._kind)
         solution = self._solved(damped, gradient, chosen)
         taken, after = self._best_iterate(objective, solution)
         step = solution.iterates[taken] if solution.iterates else solution.x
@@ -185,9 +194,7 @@ class HessianFree(WholeModelOptimizer):
             "accepted": accepted,
         }
 
-    def _solved(
-        self, damped: DampedCurvature, gradient: Float[Tensor, " P"], chosen: list[tuple[Any, Any]]
-    ) -> Solution:
+    def _solved(self, damped: DampedSum, gradient: Float[Tensor, " P"], chosen: list[tuple[Any, Any]]) -> Solution:
         """The solver's answer to ``(G + (λ + η) I) δ = −∇h``."""
         settings = self.solve
         preconditioner = None

@@ -30,7 +30,7 @@ class InnerSolve:
             lower the loss is taken. None takes the last iterate.
     """
 
-    max_iters: int = 100
+    max_iters: int = 50
     progress: RelativeProgress | None = RelativeProgress()
     warm_start: float = 0.95
     exponent: float = 0.75

@@ -17,8 +17,10 @@ from natgrad.likelihoods import Likelihood
 from natgrad.linalg.krylov_basis import krylov_basis
 from natgrad.model_view import Forward
 from natgrad.operators.gradient_moments import check_examples_apart
+from natgrad.optim.batches import share_of
 from natgrad.optim.inner_solve import DiagonalPreconditioner
-from natgrad.optim.objective import Curvature, DampedCurvature, Objective, check_curvature, share_of
+from natgrad.optim.newton import Evaluated, NewtonModel
+from natgrad.optim.objective import Curvature, Objective, curvature_name
 from natgrad.optim.stats import Stats
 from natgrad.optim.whole_model import WholeModelOptimizer
 
@@ -92,13 +94,14 @@ class KrylovDescent(WholeModelOptimizer):
         seed: int = 0,
         forward: Forward | None = None,
     ) -> None:
-        check_curvature(curvature)
+        self._kind = curvature_name(curvature)
         if not 0 < share <= 1:
             raise ValueError(f"share={share}: expected a number above 0 and up to 1")
         if not 0 <= l2 < math.inf:
             raise ValueError(f"l2={l2}: expected a non-negative number")
         super().__init__(model, likelihood, lr=lr, seed=seed, forward=forward)
-        self.curvature, self.share, self.l2, self.search = curvature, share, l2, search
+        self.share, self.l2, self.search = share, l2, search
+        self._newton = NewtonModel(self.view, likelihood, self._validate)
         self._collect = PerExampleGradients(self.view) if search.exponent else None
         self._previous = torch.zeros(self.view.num_parameters, dtype=self.view.dtype, device=self.view.device)
         self._counts["rejected"] = self._scalar()
@@ -142,21 +145,27 @@ class KrylovDescent(WholeModelOptimizer):
             check_examples_apart(
                 self.view, "the preconditioner of single gradients (SubspaceSearch(exponent=0) does without)"
             )
-        loss, gradient, finite = self._first(Objective(self.view, self.likelihood, batches, self.l2))
-        report: dict[str, Any] = {"loss": loss, "accepted": False, "reason": "non_finite", "step_norm": 0.0}
-        if finite and not bool(gradient.any()):
+        buffers = self._buffers()
+        batch = self._newton.evaluate(batches)
+        self._count_step(batch.finite, buffers)
+        report: dict[str, Any] = {"loss": batch.loss, "accepted": False, "reason": "non_finite", "step_norm": 0.0}
+        if bool(batch.finite):
+            Objective(self._newton, batch.parts, self.l2).add_penalty_(batch.gradient)
             report["reason"] = "zero_gradient"
-        elif finite:
-            chosen, others = share_of(batches, self.share, self._generator)
-            report |= self._update(gradient, chosen, second or others or batches)
-        self.stats = Stats({**report, **self._counts, "updates": self._update_number})
-        return loss.to(gradient.dtype)
+            if bool(batch.gradient.any()):
+                report |= self._update(batch, batches, second)
+        counts = {name: count.clone() for name, count in self._counts.items()}
+        self.stats = Stats({**report, **counts, "updates": self._update_number})
+        return batch.loss.to(self.view.dtype)
 
     def _update(
-        self, gradient: Float[Tensor, " P"], chosen: list[tuple[Any, Any]], second: list[tuple[Any, Any]]
+        self, batch: Evaluated, batches: list[tuple[Any, Any]], second: list[tuple[Any, Any]] | None
     ) -> dict[str, Any]:
         """From the gradient to new parameters; returns what there is to report."""
-        G = DampedCurvature(self.view, self.likelihood, chosen, self.curvature, self.l2)
+        gradient = batch.gradient
+        chosen, others = share_of(batches, self.share, self._generator)
+        parts = self._newton.parts(chosen) if others else batch.parts
+        G = self._newton.curvature(parts, self.l2, self._kind)
         settings, preconditioner = self.search, None
         if self._collect is not None:
             with self.view.snapshot():
@@ -170,7 +179,8 @@ class KrylovDescent(WholeModelOptimizer):
             self._previous.zero_()
             return {"reason": "non_finite_products", "dimension": 0, "evaluations": 0, "reduction": 0.0}
         directions = basis.whitened(settings.floor)
-        objective = Objective(self.view, self.likelihood, second, self.l2)
+        searched = self._newton.parts(second or others) if second or others else batch.parts
+        objective = Objective(self._newton, searched, self.l2)
         coordinates, values = self._minimise(objective, directions)
         step = directions @ coordinates.to(directions.dtype)
         reduction = values[0] - min(values) if math.isfinite(values[0]) else 0.0

@@ -4,7 +4,8 @@ A step evaluates its batch once and then asks for products with the curvature an
 them see the buffers and the dropout masks of that evaluation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -153,6 +154,27 @@ class NewtonModel:
             parts.append(Part(inputs, None, replay, count, keep=len(batches) == 1))
         return parts, finite
 
+    def parts(self, batches: Sequence[tuple[Any, Any]]) -> list[Part]:
+        """Micro-batches with targets beside those of the gradient; nothing of the model moves.
+
+        Args:
+            batches: (inputs, targets) micro-batches.
+        """
+        found, keep = [], len(batches) == 1
+        for inputs, targets in batches:
+            replay = self.view.snapshot()
+            if keep:
+                products = linearize(self.view, inputs, self.chain)
+                z = products.z
+            else:
+                products = None
+                with replay, torch.no_grad():
+                    z = self.view(inputs)
+            self.validate(z, targets)
+            count = torch.as_tensor(self.likelihood.count(z, targets), device=z.device).double()
+            found.append(Part(inputs, targets, replay, count, keep, products))
+        return found
+
     def curvature(
         self,
         parts: Sequence[Part],
@@ -189,18 +211,38 @@ class NewtonModel:
 
     def loss_at(self, step: Float[Tensor, " P"], parts: Sequence[Part]) -> Float[Tensor, ""]:
         """The mean nll at θ + step, the same function as was evaluated; the parameters are put back bit for bit."""
-        parameters = list(self.view.parameters.values())
-        old = [parameter.detach().clone() for parameter in parameters]
         nll = torch.zeros((), dtype=torch.float64, device=step.device)
-        try:
-            torch._foreach_add_([p.data for p in parameters], list(self.view.to_dict(step).values()))
+        with self.displaced(step), torch.no_grad():
             for part in parts:
-                with part.replay, torch.no_grad():
+                with part.replay:
                     z = self.view(part.inputs)
                 nll = nll + self.likelihood.nll(z, part.targets, count=1).double()
+        return nll / self.total(parts)
+
+    def gradient_at(
+        self, step: Float[Tensor, " P"], parts: Sequence[Part]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " P"]]:
+        """As :meth:`loss_at`, and the gradient there."""
+        nll = torch.zeros((), dtype=torch.float64, device=step.device)
+        gradient = torch.zeros_like(step)
+        with self.displaced(step):
+            for part in parts:
+                with part.replay:
+                    _, loss, found = self._by_autograd(part.inputs, part.targets)
+                nll, gradient = nll + loss.double(), gradient.add_(found)
+        count = self.total(parts)
+        return nll / count, gradient.div_(count.to(gradient.dtype))
+
+    @contextmanager
+    def displaced(self, step: Float[Tensor, " P"]) -> Iterator[None]:
+        """The parameters moved by a step within the block, and put back bit for bit whatever happens there."""
+        parameters = list(self.view.parameters.values())
+        old = [parameter.detach().clone() for parameter in parameters]
+        try:
+            torch._foreach_add_([p.data for p in parameters], list(self.view.to_dict(step).values()))
+            yield
         finally:
             torch._foreach_copy_([p.data for p in parameters], old)
-        return nll / self.total(parts)
 
     def total(self, parts: Sequence[Part]) -> Float[Tensor, ""]:
         """What the nll of all parts together is divided by."""

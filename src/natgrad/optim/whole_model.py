@@ -14,7 +14,6 @@ from natgrad.model_view import Forward, ModelView
 from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim.batches import micro_batches
 from natgrad.optim.layer_state import same_shape, warn_of_threads
-from natgrad.optim.objective import Objective
 from natgrad.optim.select import keep_where
 from natgrad.optim.stats import Stats
 
@@ -92,16 +91,6 @@ class WholeModelOptimizer(torch.optim.Optimizer):
         """Compare the first batch with what the likelihood expects, values included."""
         if not self._validated:
             validate_targets(self.likelihood, z.detach(), targets)
-
-    def _first(self, objective: Objective) -> tuple[Float[Tensor, ""], Float[Tensor, " P"], bool]:
-        """Loss and gradient, and whether both are finite; waits for the device. One more step is counted."""
-        buffers = self._buffers()
-        loss, gradient, outputs = objective.first()
-        for z, (_, targets) in zip(outputs, objective.batches, strict=True):
-            self._validate(z, targets)
-        finite = torch.isfinite(loss) & torch.isfinite(gradient.sum())
-        self._count_step(finite, buffers)
-        return loss, gradient, bool(finite)
 
     def _buffers(self) -> list[tuple[Tensor, Tensor]]:
         """The model's buffers, each with a copy of what it holds now."""
