@@ -21,6 +21,7 @@ from natgrad.operators.autodiff import (
 )
 from natgrad.optim.acp import ACP
 from natgrad.optim.centered import CenteredSGD
+from natgrad.optim.dense_newton import Newton
 from natgrad.optim.hessian_free import HessianFree
 from natgrad.optim.kfac import KFAC
 from natgrad.optim.krylov_descent import KrylovDescent
@@ -65,6 +66,7 @@ __all__ = [
     "Likelihood",
     "NaturalGradient",
     "NesterovSGD",
+    "Newton",
     "Periods",
     "Poisson",
     "Preconditioned",

@@ -17,7 +17,7 @@ class WhitenedLinear(nn.Linear):
 
     U is symmetric, ``(C + ε I)^{-1/2}``, kept dense or as ``scale I − root rootᵀ``. With h̄ and C of the input the
     effective input ``h_e = U (h − μ)`` has mean 0 and covariance ``C (C + ε I)^{-1}``. Per call the cheaper way is
-    taken: U on the rows, or once on V, ``a = (V U) h + (d − V U μ)``.
+    taken: U on the rows, or once on V, ``a = (V U) (h − μ) + d``.
 
     A layer without a trained bias is whitened without centring: μ = 0, and C is the second moment.
     """
@@ -115,8 +115,7 @@ class WhitenedLinear(nn.Linear):
         if rows * passes < self.out_features * 2:
             return functional.linear(self.effective_input(input), self.weight, self.bias)
         W = self.whitening.right_product(self.weight)
-        bias = self.bias - torch.mv(W, self.mean) if self.centred else self.bias
-        return functional.linear(input, W, bias)
+        return functional.linear(input - self.mean if self.centred else input, W, self.bias)
 
 
 def _form(root: Tensor, scale: Tensor, rank: int | None) -> SymmetricForm:

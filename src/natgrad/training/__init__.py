@@ -2,7 +2,17 @@
 
 from natgrad.layers.mean_only import MeanOnlyBatchNorm
 from natgrad.training.averaging import IterateAverage
-from natgrad.training.initialization import sparse_init_
+from natgrad.training.initialization import glorot_init_, he_init_, sparse_init_
+from natgrad.training.learning_rate import inverse_largest_eigenvalue
 from natgrad.training.schedule import ExponentialBatchSize, HyperbolicDecay
 
-__all__ = ["ExponentialBatchSize", "HyperbolicDecay", "IterateAverage", "MeanOnlyBatchNorm", "sparse_init_"]
+__all__ = [
+    "ExponentialBatchSize",
+    "HyperbolicDecay",
+    "IterateAverage",
+    "MeanOnlyBatchNorm",
+    "glorot_init_",
+    "he_init_",
+    "inverse_largest_eigenvalue",
+    "sparse_init_",
+]
