@@ -10,7 +10,8 @@ That is the diagonal of ``Qᵀ F Q``. K-FAC has ``g aᵀ`` in the place of S, an
 them S is the nearest to F in the Frobenius norm.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from natgrad.curvature.inverse import Eigenbasis, kronecker_basis
 from natgrad.damping import check_damping
-from natgrad.layers.capture import Record
-from natgrad.layers.factors import with_ones
+from natgrad.layers.linear import LinearRule
+from natgrad.layers.rules import Block, KroneckerRule, Use
 from natgrad.operators.base import LinearOperator
 
 # Per-example gradients of a layer that are written out at once hold at most so many numbers.
@@ -29,12 +30,14 @@ _ELEMENTS_AT_ONCE = 2**22
 class GradientSquares:
     """Sums of squared per-example gradients of every layer in its eigenbasis, over the cotangents of one pass.
 
+    Rotated inputs of linear layers are kept for all cotangents; the patches of convolutions are unfolded again for
+    each, a bounded number of examples at a time.
+
     Args:
-        record: of the forward pass.
+        blocks: of the layers, by name.
+        uses: their calls, of the leading examples alone.
         bases: by layer name; layers without one are left out.
-        parts: per layer whether weight and bias are trained.
         rows: how many leading examples count.
-        batch: the number of all examples.
 
     Raises:
         ValueError: a layer whose inputs do not have the examples in dimension 0: its uses cannot be told apart by
@@ -43,25 +46,20 @@ class GradientSquares:
 
     def __init__(
         self,
-        record: Record,
+        blocks: Mapping[str, Block],
+        uses: Mapping[str, Sequence[Use]],
         bases: Mapping[str, Eigenbasis],
-        parts: Mapping[str, tuple[bool, bool]],
         rows: int,
-        batch: int,
     ) -> None:
-        self.bases, self._rows, self._batch = bases, rows, batch
+        self.blocks, self.bases, self.uses, self._rows = blocks, bases, uses, rows
         self.sums: dict[str, Float[Tensor, "out columns"]] = {}
-        self._inputs: dict[str, list[Float[Tensor, "rows uses columns"]]] = {}
-        inputs = record.inputs
+        self._kept: dict[str, Float[Tensor, "rows uses columns"]] = {}
         for name, basis in bases.items():
             self.sums[name] = torch.zeros(len(basis.g), len(basis.a), dtype=basis.a.dtype, device=basis.a.device)
-            weight, bias = parts[name]
-            found = []
-            for a in inputs.get(name, []):
-                a = self._per_example(name, a).to(basis.a.dtype)
-                a = with_ones(a, bias).view(*a.shape[:-1], -1) if weight else a.new_ones(*a.shape[:-1], 1)
-                found.append(a if basis.QA is None else a @ basis.QA)
-            self._inputs[name] = found
+            for use in uses.get(name, []):
+                self._check(name, use)
+            if isinstance(blocks[name].rule, LinearRule) and uses.get(name):
+                self._kept[name] = self._inputs(name, slice(0, rows))
 
     def add(self, gradients: Mapping[str, list[Tensor]]) -> None:
         """Add one cotangent's ``(Σ_t g_t ā_tᵀ)²`` in the eigenbasis.
@@ -70,16 +68,22 @@ class GradientSquares:
             gradients: g of every call, by layer name; other layers than those with a basis are passed over.
         """
         for name, basis in self.bases.items():
-            if name not in gradients or not self._inputs[name]:
+            if name not in gradients or not self.uses.get(name):
                 continue
-            found = [self._per_example(name, g).to(basis.a.dtype) for g in gradients[name]]
-            g = found[0] if len(found) == 1 else torch.cat(found, dim=1)
-            a = self._inputs[name]
-            a = a[0] if len(a) == 1 else torch.cat(a, dim=1)
-            add_gradient_squares(self.sums[name], a, g if basis.QG is None else g @ basis.QG)
+            kept = self._kept.get(name)
+            at_once = self._rows if kept is not None else self._examples_at_once(name)
+            for start in range(0, self._rows, at_once):
+                some = slice(start, min(start + at_once, self._rows))
+                found = [
+                    self._rule(name).gradient_rows(_of_examples(use, some), g[some])
+                    for use, g in zip(self.uses[name], gradients[name], strict=True)
+                ]
+                g = (found[0] if len(found) == 1 else torch.cat(found, dim=1)).to(basis.a.dtype)
+                g = g if basis.QG is None else g @ basis.QG
+                add_gradient_squares(self.sums[name], self._inputs(name, some) if kept is None else kept, g)
 
     def add_diagonal(self, name: str, diagonal: Float[Tensor, "rows ... out"]) -> None:
-        """Add what all of F_R gives for the layer whose output is z, where F_R is diagonal.
+        """Add what all of F_R gives for the linear layer whose output is z, where F_R is diagonal.
 
         The g's of different outputs and positions are uncorrelated then: ``Σ_rows (Q_Gᵀ)² d ((Q_Aᵀ ā)²)ᵀ``.
         """
@@ -87,15 +91,40 @@ class GradientSquares:
         if basis is not None:
             d = diagonal.reshape(-1, diagonal.shape[-1]).to(basis.a.dtype)
             d = d if basis.QG is None else d @ basis.QG.square()
-            self.sums[name].addmm_(d.T, self._inputs[name][0].flatten(0, 1).square())
+            self.sums[name].addmm_(d.T, self._kept[name].flatten(0, 1).square())
 
-    def _per_example(self, name: str, x: Tensor) -> Float[Tensor, "rows uses d"]:
-        if x.ndim < 2 or x.shape[0] != self._batch:
+    def _rule(self, name: str) -> KroneckerRule:
+        rule = self.blocks[name].rule
+        assert isinstance(rule, KroneckerRule)  # no other has eigenvectors to look for
+        return rule
+
+    def _inputs(self, name: str, some: slice) -> Float[Tensor, "examples uses columns"]:
+        """The rotated ā of some examples."""
+        basis, members = self.bases[name], self.blocks[name].members
+        found = [self._rule(name).rows(_of_examples(use, some)).to(basis.a.dtype) for use in self.uses[name]]
+        a = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        ones = a.new_ones(*a.shape[:-1], 1)
+        if "bias" in members:
+            a = torch.cat([a, ones], dim=2) if "weight" in members else ones
+        return a if basis.QA is None else a @ basis.QA
+
+    def _examples_at_once(self, name: str) -> int:
+        one = [self._rule(name).rows(_of_examples(use, slice(0, 1))) for use in self.uses[name]]
+        return max(1, _ELEMENTS_AT_ONCE // max(1, sum(a.shape[1] for a in one) * one[0].shape[2]))
+
+    def _check(self, name: str, use: Use) -> None:
+        rows = use.input.shape[0] if use.input.ndim > 1 and use.share == 1 else None
+        if rows != self._rows or self._rule(name).rows(_of_examples(use, slice(0, 1))).shape[0] != 1:
             raise ValueError(
-                f"layer {name!r} sees a tensor of shape {tuple(x.shape)} without the {self._batch} examples in "
+                f"layer {name!r} sees a tensor of shape {tuple(use.input.shape)} without the {self._rows} examples in "
                 "dimension 0, so that the gradient of an example cannot be formed: use structure='block_diagonal'"
             )
-        return x[: self._rows].reshape(self._rows, -1, x.shape[-1])
+
+
+def _of_examples(use: Use, some: slice) -> Use:
+    """A call of a layer for some of the examples, which are in dimension 0."""
+    a = use.input[some]
+    return replace(use, input=a, output_shape=torch.Size((a.shape[0], *use.output_shape[1:])))
 
 
 def add_gradient_squares(

@@ -153,8 +153,7 @@ def statistics_from(
     }
     squares: GradientSquares | None = None
     if bases:
-        parts = {name: trainable_parts(record.layers[name]) for name in bases}
-        squares = GradientSquares(record, bases, parts, rows, batch)
+        squares = GradientSquares(record.blocks, uses, bases, rows)
     pairs: PairSums | None = None
     if order:
         parts = {name: trainable_parts(record.layers[name]) for name in order}

@@ -95,6 +95,10 @@ class ConvolutionRule(KroneckerRule):
         """W and b."""
         return super().from_matrix(layer, V if layer.groups == 1 else V.flatten(0, 1), names)
 
+    def structures_of(self, layer: Any) -> tuple[str, ...]:
+        """Without groups there is one eigenbasis, which EKFAC needs."""
+        return (*self.structures, "ekfac") if layer.groups == 1 else self.structures
+
     def refuse(self, layer: Any) -> str | None:
         """Kernels without an element, and nothing else."""
         return "without an element in its weight" if layer.weight.numel() == 0 else None

@@ -170,7 +170,7 @@ class _Finder:
         refusal = rule.refuse(module)
         if refusal is not None:
             return f"{kind} {refusal}"
-        if self.structure not in rule.structures:
+        if self.structure not in rule.structures_of(module):
             if self.structure == "layerwise":
                 return kind
             return f"{kind}, which structure {self.structure!r} does not cover"

@@ -136,6 +136,10 @@ class LayerRule(ABC):
         found = {name: layer._parameters.get(name) for name in self.attributes}
         return {name: p for name, p in found.items() if p is not None}
 
+    def structures_of(self, layer: Any) -> tuple[str, ...]:
+        """The structures that can use the rule for this layer."""
+        return self.structures
+
     def refuse(self, layer: Any) -> str | None:
         """Why this layer cannot be covered, for a message; None where it can."""
         return None

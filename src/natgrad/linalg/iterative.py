@@ -64,7 +64,7 @@ def warm_inverse(
     damped = M.clone()
     damped.diagonal().add_(damping)
     radius = _residual_radius(damped, start)
-    if not radius ** (2**iterations) < tolerance:  # also where it is NaN
+    if not (radius < 1 and radius ** (2**iterations) < tolerance):  # also where it is NaN
         return None
     X, residual = start, damped @ start
     for step in range(iterations + 1):
