@@ -95,11 +95,14 @@ def test_low_rank_form_gives_the_same_update(l2: float, monkeypatch: pytest.Monk
     likelihood = ng.Bernoulli()
     x, y = data(likelihood, 9, 8, n=3)
     assert low_rank_pays(3, 7, 10) and low_rank_pays(3, 8, 8) and not low_rank_pays(12, 7, 10)
+    # the inverse of a diagonal G costs nothing either way, but the product of g and a remains
+    assert low_rank_pays(7, 8, 8, dense_out=False) is False and low_rank_pays(3, 8, 8, dense_out=False)
+    assert not low_rank_pays(1, 8, 8, dense_out=False, dense_in=False)
     results = []
     for pays in (True, False):
         model = mlp(9, 7, 8)
         if not pays:
-            monkeypatch.setattr("natgrad.optim.proposal.low_rank_pays", lambda *shape: False)
+            monkeypatch.setattr("natgrad.optim.proposal.low_rank_pays", lambda *shape, **dense: False)
         opt = ng.KFAC(model, likelihood, damping=Damping(0.5, FactoredTikhonov(), ratio=1.0), l2=l2, **FIXED)
         assert opt.proposals.wants_rows(3) == pays
         for _ in range(2):

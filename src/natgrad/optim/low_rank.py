@@ -13,9 +13,21 @@ from natgrad.curvature.inverse import FactoredInverse, times_right
 from natgrad.layers.factors import with_ones
 
 
-def low_rank_pays(rows: int, out: int, columns: int) -> bool:
-    """Whether the low-rank form takes fewer operations: ``m (d_o² + d_i²) < d_o d_i (d_o + d_i)``."""
-    return rows * (out**2 + columns**2) < out * columns * (out + columns)
+def low_rank_pays(rows: int, out: int, columns: int, *, dense_out: bool = True, dense_in: bool = True) -> bool:
+    """Whether the low-rank form takes fewer operations: ``m (d_o² + d_i² + d_o d_i) < d_o d_i (d_o + d_i)``.
+
+    The paper's count leaves out ``m d_o d_i``, for the gradient's product that this one replaces; here the gradient is
+    needed all the same, for ∇h·δ.
+
+    Args:
+        rows: m.
+        out: d_o.
+        columns: d_i.
+        dense_out: False where the inverse of G is diagonal: its products cost next to nothing.
+        dense_in: the same for A.
+    """
+    low = rows * (dense_out * out**2 + dense_in * columns**2 + out * columns)
+    return low < out * columns * (dense_out * out + dense_in * columns)
 
 
 def low_rank_apply(

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from natgrad.curvature.base import Factors, diagonal
+from natgrad.curvature.base import Diagonal, Factors, diagonal
 from natgrad.curvature.inverse import FactoredInverse
 from natgrad.curvature.running import RunningFactors, mean_eigenvalue
 from natgrad.damping import ExactTikhonov
@@ -52,9 +52,13 @@ class Proposals:
 
     def wants_rows(self, rows: int) -> bool:
         """Whether any layer's proposal is cheaper from the rows of the batch than from its gradient [KFAC, sec. 8]."""
-        shapes = [shape for _, shape in self.layout.block_slices.values()]
-        return not isinstance(self.form, ExactTikhonov) and any(
-            low_rank_pays(rows, *shape) for shape in shapes if len(shape) == 2
+        if isinstance(self.form, ExactTikhonov):
+            return False
+        factors = self.running.factors
+        return any(
+            low_rank_pays(rows, *shape, **_dense(factors[name].G, factors[name].A) if name in factors else {})
+            for name, (_, shape) in self.layout.block_slices.items()
+            if len(shape) == 2
         )
 
     def write(
@@ -79,7 +83,7 @@ class Proposals:
             elif (
                 rows
                 and isinstance(block, FactoredInverse)
-                and low_rank_pays(sum(len(a) for a, _ in rows), *gradient.shape)
+                and low_rank_pays(sum(len(a) for a, _ in rows), *gradient.shape, **_dense(block.G, block.A))
             ):
                 product = low_rank_apply(block, rows, evaluation.count)
                 if self.l2:
@@ -101,3 +105,11 @@ class Proposals:
         if block is None:
             return part.new_ones(())
         return (diagonal(block.A) * diagonal(block.G)).view_as(part)
+
+
+def _dense(G: Tensor | Diagonal, A: Tensor | Diagonal) -> dict[str, bool]:
+    """Which factors, or inverses of factors, are full matrices."""
+    return {
+        "dense_out": len(G.shape) == 2 and isinstance(G, Tensor),
+        "dense_in": len(A.shape) == 2 and isinstance(A, Tensor),
+    }
