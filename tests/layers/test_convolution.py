@@ -142,3 +142,13 @@ def test_rows_and_gradients_give_the_gradient_of_the_weight(
     expected = torch.autograd.grad(out, [layer.weight, layer.bias], g)
     torch.testing.assert_close(found["weight"], expected[0])
     torch.testing.assert_close(found["bias"], expected[1])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("features", [5, 13, 300])
+def test_half_a_product_is_the_whole_one(features: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patches, "_ROWS_OF_A_BLOCK", 3)
+    p, total = draw(groups, features, 7), torch.zeros(groups, features, features, dtype=torch.float64)
+    for part in p.split(4, dim=2):
+        patches.add_lower(part, total)
+    torch.testing.assert_close(patches.mirror(total), p @ p.mT)

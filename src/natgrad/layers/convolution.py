@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.layers.factors import joint_moment
-from natgrad.layers.patches import mean_patches, pad_like, patch_matrices, patch_view, stuff_zeros
+from natgrad.layers.patches import add_lower, mean_patches, mirror, pad_like, patch_matrices, patch_view, stuff_zeros
 from natgrad.layers.rules import Block, KroneckerRule, Use
 
 
@@ -183,7 +183,7 @@ def _sums(patches: Tensor, groups: int, bias: bool, dtype: torch.dtype) -> tuple
     moment = patches.new_zeros(groups, features, features, dtype=dtype)
     for p in patch_matrices(patches, groups):
         p = p.to(dtype)
-        moment.baddbmm_(p, p.mT)
+        add_lower(p, moment)
         if bias:
             sums.add_(p.sum(2))
-    return sums, moment
+    return sums, mirror(moment)

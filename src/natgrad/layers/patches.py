@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+# ``Σ p pᵀ`` is symmetric: of so many blocks of its rows or more only those below the diagonal are multiplied.
+_BLOCKS, _ROWS_OF_A_BLOCK = 4, 64
 # Elements of the patches that exist at one time.
-_ELEMENTS_CPU = 2**22
+_ELEMENTS_CPU = 2**20
 _ELEMENTS_ACCELERATOR = 2**26
 
 
@@ -88,3 +90,23 @@ def mean_patches(patches: Float[Tensor, "N C ..."], groups: int) -> Float[Tensor
     spatial = (patches.ndim - 2) // 2
     means = patches.mean(dim=tuple(range(2 + spatial, patches.ndim)))  # N, C, kernel
     return means.unflatten(1, (groups, -1)).flatten(2).transpose(0, 1)
+
+
+def add_lower(p: Float[Tensor, "groups features rows"], total: Float[Tensor, "groups features features"]) -> None:
+    """Add ``Σ p pᵀ`` in place, as far as :func:`mirror` needs it: blocks of rows up to the diagonal."""
+    for rows in _blocks(p.shape[1]):
+        total[:, rows, : rows.stop].baddbmm_(p[:, rows], p[:, : rows.stop].mT)
+
+
+def mirror(total: Float[Tensor, "groups features features"]) -> Float[Tensor, "groups features features"]:
+    """In place: what :func:`add_lower` left out above the diagonal, from below it."""
+    for rows in _blocks(total.shape[1])[:-1]:
+        total[:, rows, rows.stop :] = total[:, rows.stop :, rows].mT
+    return total
+
+
+def _blocks(features: int) -> list[slice]:
+    """Slices of rows: several where there are many features."""
+    blocks = _BLOCKS if features >= _BLOCKS * _ROWS_OF_A_BLOCK else 1
+    edges = [features * i // blocks for i in range(blocks + 1)]
+    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
