@@ -145,7 +145,10 @@ def statistics_from(
     known = (
         {source: flatten_rows(diagonal.expand_as(z_rows)).sum(0)} if source is not None and diagonal is not None else {}
     )
-    uses = {name: [leading_use(use, rows, batch) for use in found] for name, found in record.uses.items()}
+    uses = {
+        name: [leading_use(record.blocks[name], use, rows, batch) for use in found]
+        for name, found in record.uses.items()
+    }
     known_A = {} if order or input_factors is None else input_factors
     sums = {
         name: input_sums(block, uses.get(name, []), rows, known_A.get(name), outputs=name not in known)

@@ -58,10 +58,10 @@ def add_outputs(
     if isinstance(rule, KroneckerRule):
         for use, g in zip(uses, gradients, strict=True):
             # Rows of other examples hold zeros: where they cannot be told apart they do no harm.
-            rule.output_sum(block, use, leading_examples(g, rows, batch)[0] if use.arrange is None else g, sums.G)
+            rule.output_sum(block, *_leading_gradient(use, g, rows, batch), sums.G)
     elif isinstance(rule, DiagonalRule):
         parts = [
-            rule.per_example(block, use, leading_examples(g, rows, batch)[0])
+            rule.per_example(block, *_leading_gradient(use, g, rows, batch))
             for use, g in zip(uses, gradients, strict=True)
         ]
         if all(part.shape == parts[0].shape for part in parts):  # an example's gradient is the sum over the calls
@@ -70,8 +70,22 @@ def add_outputs(
             sums.A.add_(part.square().sum(0))
 
 
-def leading_use(use: Use, rows: int, batch: int) -> Use:
-    """A call of a layer for the leading examples, where they can be told apart (see :func:`leading_examples`)."""
+def leading_use(block: Block, use: Use, rows: int, batch: int) -> Use:
+    """A call of a layer for the leading examples, where they can be told apart (see :func:`leading_examples`).
+
+    Raises:
+        ValueError: positions are to be reduced, but the examples cannot be told apart.
+    """
+    told_apart = isinstance(block.rule, DiagonalRule) or block.sharing == "reduce"
+    if told_apart and use.input.shape[:1] != (batch,):
+        if block.rule.features_last and use.input.ndim > 2 and use.input.shape[1] == batch and use.arrange is None:
+            use = replace(use, input=use.input.transpose(0, 1), arrange=_swap)  # positions first
+        elif block.sharing == "reduce":
+            raise ValueError(
+                f"layer {block.name!r} sees a tensor of shape {tuple(use.input.shape)} without the {batch} examples in "
+                f"dimension 0, so that their positions cannot be reduced; leave it at 'expand': pass a mapping from "
+                "layer names as sharing="
+            )
     if rows == batch:
         return use
     a, share = leading_examples(use.input, rows, batch)
@@ -79,6 +93,17 @@ def leading_use(use: Use, rows: int, batch: int) -> Use:
     if share == 1 and use.arrange is None and shape[:1] == (batch,):
         shape = torch.Size((rows, *shape[1:]))
     return replace(use, input=a, output_shape=shape, share=share)
+
+
+def _leading_gradient(use: Use, g: Tensor, rows: int, batch: int) -> tuple[Use, Tensor]:
+    """The leading examples' derivatives, in the order of the call's input."""
+    if use.arrange is None:
+        return use, leading_examples(g, rows, batch)[0]
+    return replace(use, arrange=None), leading_examples(use.arrange(g), rows, batch)[0]
+
+
+def _swap(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)
 
 
 def example_by_example(stack: Float[Tensor, "k rows ..."]) -> Iterator[Float[Tensor, "m rows ..."]]:

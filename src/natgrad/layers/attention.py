@@ -28,6 +28,7 @@ class OutProjectionRule(LinearRule):
 
     structures = ("block_diagonal",)
     captured = False
+    features_last = False
 
     def parameters(self, layer: Any) -> dict[str, nn.Parameter]:
         """Weight and bias of ``out_proj``."""

@@ -12,6 +12,7 @@ from natgrad.layers.rules import Block, KroneckerRule, Use
 class LinearRule(KroneckerRule):
     """``s = W a + b``; every leading dimension but the first is one of positions. V is ``[W b]``."""
 
+    features_last = True
     structures = (
         "block_diagonal",
         "block_tridiagonal",

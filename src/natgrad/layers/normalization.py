@@ -35,6 +35,8 @@ class AffineRule(DiagonalRule):
 class LastDimensionsRule(AffineRule):
     """``nn.LayerNorm`` and ``nn.RMSNorm``, which scale the last dimensions."""
 
+    features_last = True
+
     def normalized(self, use: Use) -> Float[Tensor, "examples ..."]:
         """x̂."""
         layer = use.layer

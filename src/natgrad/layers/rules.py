@@ -122,6 +122,7 @@ class LayerRule(ABC):
         diagonal_output: so is G.
         shares: whether the layer may act at several positions of an example (``sharing`` matters).
         captured: whether a hook on the layer sees what goes in and comes out.
+        features_last: every dimension of the input but the last ones is one of examples or positions, in any order.
     """
 
     attributes: tuple[str, ...] = ("weight", "bias")
@@ -130,6 +131,7 @@ class LayerRule(ABC):
     diagonal_output = False
     shares = True
     captured = True
+    features_last = False
 
     def parameters(self, layer: Any) -> dict[str, nn.Parameter]:
         """The layer's parameters that the block may hold, by attribute name."""
