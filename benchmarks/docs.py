@@ -15,6 +15,7 @@ ORDER = (
     "robustness",
     "memory",
     "fisher-products",
+    "truncated-newton",
     "operations",
     "search",
     "sweep",

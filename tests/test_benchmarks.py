@@ -18,6 +18,7 @@ from benchmarks import (
     robustness,
     sweep,
     thesis_cost,
+    truncated_newton,
     update_cost,
 )
 from benchmarks.__main__ import NAMES, run
@@ -306,3 +307,13 @@ def test_all_goes_on_after_a_failure(monkeypatch):
         monkeypatch.setattr(f"benchmarks.{name.replace('-', '_')}.main", fail)
     assert command.run(["all"]) == 2
     assert len(seen) == len(command.ALL) and "python -m benchmarks convergence mnist" in seen
+
+
+def test_truncated_newton_steps_and_preconditioners():
+    seconds = truncated_newton.step_cost(4, (12, 6, 2))
+    assert len(well_formed(truncated_newton.step_table(seconds))) == 1 + len(seconds)
+    history = truncated_newton.History()
+    history.values = [0.5, 0.05, 0.2]
+    assert [history.first_below(r) for r in (0.6, 0.1, 0.01)] == [1, 2, None]
+    found = {"none": {"0.1": 10, "0.01": 30, "0.001": None}, "K-FAC": {"0.1": 4, "0.01": 12, "0.001": 20}}
+    assert "4 (0.40)" in truncated_newton.iteration_table(found)
