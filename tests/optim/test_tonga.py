@@ -17,6 +17,11 @@ LIKELIHOODS = {
 }
 
 
+def tonga(model: nn.Module, likelihood: Any, **settings: Any) -> ng.TONGA:
+    """Single steps of length 1, unless the settings say otherwise."""
+    return ng.TONGA(model, likelihood, **{"lr": 1.0, "momentum": 0.0, "share": 0.01, **settings})
+
+
 def dense_step(model: nn.Module, family: str, x: Any, y: Any, damping: float | None, centered: bool = True) -> Tensor:
     """−(C + λ I)^{-1} ∇h with C and ∇h from a loop over the examples; λ a hundredth of the trace where it is None."""
     R = dense.per_example_gradients(model, x, y, dense.nll(family))
@@ -35,7 +40,7 @@ def test_a_step_is_the_dense_solve(family: str, damping: float | None, centered:
     model, (x, y) = mlp(4, 5, 3), data(LIKELIHOODS[family], 4, 3)
     expected = 0.5 * dense_step(model, family, x, y, damping, centered)
     before, loss = vector(model), LIKELIHOODS[family].nll(model(x), y)
-    opt = ng.TONGA(model, LIKELIHOODS[family], lr=0.5, damping=damping, centered=centered)
+    opt = tonga(model, LIKELIHOODS[family], lr=0.5, damping=damping, centered=centered)
     found = opt.step(x, y)
     torch.testing.assert_close(vector(model) - before, expected)
     torch.testing.assert_close(found, loss.detach())
@@ -47,10 +52,10 @@ def test_a_step_is_the_dense_solve(family: str, damping: float | None, centered:
 def test_micro_batches_are_one_batch(family: str) -> None:
     model, (x, y) = mlp(4, 5, 3), data(LIKELIHOODS[family], 4, 3)
     expected, before = dense_step(model, family, x, y, 0.1), vector(model)
-    ng.TONGA(model, LIKELIHOODS[family], damping=0.1, centered=True).step(x, y, micro_batch_size=5)
+    tonga(model, LIKELIHOODS[family], damping=0.1, centered=True).step(x, y, micro_batch_size=5)
     torch.testing.assert_close(vector(model) - before, expected)
     nn.utils.vector_to_parameters(before.clone(), model.parameters())
-    ng.TONGA(model, LIKELIHOODS[family], damping=0.1, centered=True).step([(x[:7], y[:7]), (x[7:], y[7:])])
+    tonga(model, LIKELIHOODS[family], damping=0.1, centered=True).step([(x[:7], y[:7]), (x[7:], y[7:])])
     torch.testing.assert_close(vector(model) - before, expected)
 
 
@@ -64,7 +69,7 @@ def test_blocks_take_nothing_from_each_other(blocks: Any) -> None:
     for r, g in zip(R.split(sizes, 1), gradient.split(sizes), strict=True):
         r = r - r.mean(0)
         parts.append(-torch.linalg.solve(r.T @ r / len(r) + 0.2 * torch.eye(r.shape[1], dtype=r.dtype), g))
-    ng.TONGA(model, ng.Gaussian(), damping=0.2, centered=True, blocks=blocks).step(x, y)
+    tonga(model, ng.Gaussian(), damping=0.2, centered=True, blocks=blocks).step(x, y)
     torch.testing.assert_close(vector(model) - before, torch.cat(parts))
 
 
@@ -74,7 +79,7 @@ def test_the_covariance_of_some_examples_and_the_gradient_of_all() -> None:
     R = dense.per_example_gradients(model, x, y, dense.nll("gaussian"))
     some = R[chosen] - R[chosen].mean(0)
     C, before = some.T @ some / 5, vector(model)
-    ng.TONGA(model, ng.Gaussian(), damping=0.2, centered=True, gradients=5, seed=7).step(x, y)
+    tonga(model, ng.Gaussian(), damping=0.2, centered=True, gradients=5, seed=7).step(x, y)
     expected = -torch.linalg.solve(C + 0.2 * torch.eye(len(C), dtype=C.dtype), R.mean(0))
     torch.testing.assert_close(vector(model) - before, expected)
 
@@ -84,7 +89,7 @@ def test_convolutions_and_sequences() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()
     x, y = torch.randn(6, 1, 3, 3, dtype=torch.float64), torch.rand(6, 2, dtype=torch.float64)
     expected, before = dense_step(model, "gaussian", x, y, None), vector(model)
-    ng.TONGA(model, ng.Gaussian(), centered=True).step(x, y)
+    tonga(model, ng.Gaussian(), centered=True).step(x, y)
     torch.testing.assert_close(vector(model) - before, expected)
 
 
@@ -93,7 +98,7 @@ def test_the_relative_damping_makes_steps_inversely_proportional_to_the_scale_of
     for variance in (1.0, 0.1):
         model, (x, y) = mlp(4, 5, 3), data(ng.Gaussian(), 4, 3)
         before = vector(model)
-        ng.TONGA(model, ng.Gaussian(variance=variance)).step(x, y)
+        tonga(model, ng.Gaussian(variance=variance)).step(x, y)
         steps.append(vector(model) - before)
     torch.testing.assert_close(steps[1], 0.1 * steps[0])
 
@@ -103,7 +108,7 @@ def test_centring_makes_the_step_longer_by_what_the_uncentred_one_foretells() ->
     for centered in (False, True):
         model, (x, y) = mlp(4, 5, 3), data(ng.Gaussian(), 4, 3)
         gradient, before = gradient_of(model, ng.Gaussian(), x, y), vector(model)
-        ng.TONGA(model, ng.Gaussian(), damping=0.2, centered=centered).step(x, y)
+        tonga(model, ng.Gaussian(), damping=0.2, centered=centered).step(x, y)
         steps.append(vector(model) - before)
     foretold = -gradient @ steps[0]
     assert 0 < foretold < 1
@@ -113,7 +118,7 @@ def test_centring_makes_the_step_longer_by_what_the_uncentred_one_foretells() ->
 def test_gradients_that_are_all_zero_move_nothing() -> None:
     model, x = mlp(4, 5, 3), torch.randn(6, 4, dtype=torch.float64)
     y, before = model(x).detach(), vector(model)
-    opt = ng.TONGA(model, ng.Gaussian())
+    opt = tonga(model, ng.Gaussian())
     assert opt.step(x, y) == 0 and opt.stats["step_norm"] == 0 and opt.stats["skipped"] == 0
     assert torch.equal(vector(model), before)
 
@@ -122,9 +127,9 @@ def test_one_example_has_no_covariance() -> None:
     model, (x, y) = mlp(4, 5, 3), data(ng.Gaussian(), 4, 3)
     before = vector(model)
     with pytest.raises(ValueError, match="gradient of one example has no covariance.*centered=False"):
-        ng.TONGA(model, ng.Gaussian(), centered=True).step(x[:1], y[:1])
+        tonga(model, ng.Gaussian(), centered=True).step(x[:1], y[:1])
     assert torch.equal(vector(model), before)
-    ng.TONGA(model, ng.Gaussian(), centered=False).step(x[:1], y[:1])
+    tonga(model, ng.Gaussian(), centered=False).step(x[:1], y[:1])
     assert not torch.equal(vector(model), before)
 
 
@@ -133,9 +138,9 @@ def test_batch_normalisation_by_the_batch_is_refused() -> None:
     x, y = data(ng.Gaussian(), 4, 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="BatchNorm1d '1' normalises by the statistics of the batch"):
-        ng.TONGA(model, ng.Gaussian()).step(x, y)
+        tonga(model, ng.Gaussian()).step(x, y)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    ng.TONGA(model.eval(), ng.Gaussian()).step(x, y)
+    tonga(model.eval(), ng.Gaussian()).step(x, y)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +157,12 @@ def test_batch_normalisation_by_the_batch_is_refused() -> None:
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ng.TONGA(mlp(4, 3), ng.Gaussian(), **settings)
+        tonga(mlp(4, 3), ng.Gaussian(), **settings)
 
 
 def test_momentum_adds_up_directions() -> None:
     model, (x, y) = mlp(4, 5, 3), data(ng.Gaussian(), 4, 3)
-    opt, velocity = ng.TONGA(model, ng.Gaussian(), lr=0.1, damping=0.3, momentum=0.8), torch.zeros(43)
+    opt, velocity = tonga(model, ng.Gaussian(), lr=0.1, damping=0.3, momentum=0.8), torch.zeros(43)
     for _ in range(3):
         velocity = 0.8 * velocity + dense_step(model, "gaussian", x, y, 0.3, centered=False)
         expected = vector(model) + 0.1 * velocity
