@@ -13,7 +13,7 @@ from natgrad.curvature.base import Diagonal, Factors, LayerSums, Statistics, to_
 from natgrad.curvature.inverse import FactoredInverse
 from natgrad.curvature.kfac import check_captured
 from natgrad.curvature.layer_sums import input_sums
-from natgrad.layers.capture import Capture
+from natgrad.layers.capture import Capture, Record
 from natgrad.likelihoods import Likelihood
 from natgrad.linalg.spd import safe_eigh, spd_inverse
 from natgrad.model_view import ModelView
@@ -27,11 +27,15 @@ def collect_inputs(
         with torch.enable_grad(), capture.record() as record:
             z = view(x)
         check_captured(record, z)
-        batch = z.shape[0]
-        with torch.no_grad():
-            uses = record.uses
-            sums = {name: input_sums(block, uses.get(name, []), batch) for name, block in record.blocks.items()}
-            layers = {name: LayerSums(s.A, s.A.new_ones(s.G.shape[0]) * s.rows, s.rows) for name, s in sums.items()}
+        return input_statistics(record, z.shape[0])
+
+
+@torch.no_grad()
+def input_statistics(record: Record, batch: int) -> Statistics:
+    """The same from a recorded forward pass of so many examples."""
+    uses = record.uses
+    sums = {name: input_sums(block, uses.get(name, []), batch) for name, block in record.blocks.items()}
+    layers = {name: LayerSums(s.A, s.A.new_ones(s.G.shape[0]) * s.rows, s.rows) for name, s in sums.items()}
     return Statistics(layers, float(batch), float(batch))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from natgrad.curvature.base import Statistics, diagonal, factors_from
 from natgrad.curvature.cotangents import Expectation, check_expectation, validate_targets
+from natgrad.curvature.input_covariance import collect_inputs, input_statistics
 from natgrad.curvature.kfac import check_captured, collect, statistics_from
 from natgrad.curvature.running import RunningFactors
 from natgrad.curvature.uncovered import couples_examples
@@ -21,6 +22,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView
 from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim import preconditioner_state
+from natgrad.optim.input_inverses import InputInverses
 from natgrad.optim.inverses import Tikhonov
 from natgrad.optim.scaling import KLClip
 from natgrad.optim.settings import Periods, Renewal
@@ -49,7 +51,8 @@ class Preconditioner:
         model: any module.
         likelihood: p(y | z). The curvature is that of ``likelihood.nll``: train on the same number, or one
             proportional to it.
-        structure: ``"block_diagonal"``, or ``"ekfac"``: second moments of the gradient in the eigenbasis of F̆.
+        structure: ``"block_diagonal"``; ``"ekfac"``: second moments of the gradient in the eigenbasis of F̆; or
+            ``"input_covariance"``: ``A ⊗ α I``, without a backward pass of its own [THESIS, sec. 6.3.2].
         damping: λ, the coefficient of the identity. May be changed at any time through :attr:`damping`.
         seed: of the preconditioner's own random stream (sampled targets).
         forward: ``forward(model, inputs) → z``, for :meth:`update` on models that are not called as ``model(inputs)``.
@@ -62,6 +65,7 @@ class Preconditioner:
         expectation: ``"sampled"``, ``"exact"`` or ``"empirical"`` (which needs y).
         decay: the cap on ε in the decayed averages of the factors, ``ε = min(1 − 1/k, decay)``.
         sharing: how the positions of an example count, as for :func:`natgrad.kronecker_fisher`.
+        alpha: α of ``"input_covariance"``.
 
     Attributes:
         stats: of the last step, read from the device on access: ``steps``, ``damping``, ``nu``, ``skipped`` (estimates
@@ -88,8 +92,9 @@ class Preconditioner:
         expectation: Expectation = "sampled",
         decay: float = 0.95,
         sharing: str | Mapping[str, str] = "expand",
+        alpha: float = 1.0,
     ) -> None:
-        check_structure(structure, ("block_diagonal", "ekfac"), "Preconditioner")
+        check_structure(structure, ("block_diagonal", "ekfac", "input_covariance"), "Preconditioner")
         if uncovered not in ("error", "identity"):
             raise ValueError(f"uncovered={uncovered!r}: Preconditioner knows 'error' and 'identity'")
         check_likelihood(likelihood)
@@ -103,7 +108,8 @@ class Preconditioner:
         self._watch = Watch(self.view.module, self.capture)
         self._generator = torch.Generator(device=self.view.device).manual_seed(seed)
         self._running = RunningFactors(decay)
-        self._inverses = inverses_for(structure, form_for(structure, form), self._coverage)
+        self._inverses = inverses_for(structure, form_for(structure, form), self._coverage, alpha)
+        self._inputs_only = isinstance(self._inverses, InputInverses)
         self._pending: Statistics | None = None
         self._steps = 0
         self._observed = False
@@ -166,17 +172,11 @@ class Preconditioner:
                 check_captured(record, z)
                 self._unchecked -= {name for name, calls in record.calls.items() if calls}
             validate_targets(self.likelihood, z.detach(), y)
-            statistics = statistics_from(
-                record,
-                z,
-                self.likelihood,
-                targets=y,
-                weight=weight,
-                expectation=self.expectation,
-                generator=self._generator,
-                bases=self._inverses.bases,
-                coupled=couples_examples(self.view.module),
-            )
+            if self._inputs_only:
+                statistics = input_statistics(record, z.shape[0])
+            else:
+                given = self._settings(weight) | {"targets": y, "coupled": couples_examples(self.view.module)}
+                statistics = statistics_from(record, z, self.likelihood, **given)
         except RuntimeError as error:
             if "second time" in str(error):
                 raise RuntimeError("the graph of z is gone: call observe(z) before loss.backward()") from error
@@ -198,19 +198,16 @@ class Preconditioner:
         if not self.due:
             return
         self._check_parts()
-        self._add(
-            collect(
-                self.view,
-                self.capture,
-                self.likelihood,
-                inputs,
-                expectation=self.expectation,
-                y=targets,
-                weight=weight,
-                generator=self._generator,
-                bases=self._inverses.bases,
-            )
-        )
+        model = self.view, self.capture, self.likelihood
+        if self._inputs_only:
+            self._add(collect_inputs(*model, inputs))
+        else:
+            self._add(collect(*model, inputs, y=targets, **self._settings(weight)))
+
+    def _settings(self, weight: Tensor | None) -> dict[str, Any]:
+        """How statistics are estimated."""
+        how = {"expectation": self.expectation, "generator": self._generator, "bases": self._inverses.bases}
+        return {**how, "weight": weight}
 
     @torch.no_grad()
     def step(self) -> None:

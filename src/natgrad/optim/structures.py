@@ -9,6 +9,7 @@ from natgrad.damping import ExactTikhonov, FactoredTikhonov
 from natgrad.layers.coverage import Coverage
 from natgrad.linalg.low_rank import LowRank
 from natgrad.optim.chain_inverses import ChainInverses
+from natgrad.optim.input_inverses import InputInverses
 from natgrad.optim.inverses import LayerInverses, Tikhonov
 from natgrad.optim.low_rank_inverses import LowRankInverses
 from natgrad.optim.scaled_inverses import ScaledInverses
@@ -51,17 +52,20 @@ def form_for(structure: str, form: Tikhonov | None) -> Tikhonov:
     """How damping enters: by default factored, for EKFAC exact.
 
     Raises:
-        ValueError: EKFAC was asked for the factored form.
+        ValueError: EKFAC or the input covariance was asked for the factored form.
     """
-    if structure == "ekfac" and isinstance(form, FactoredTikhonov):
-        raise ValueError(f"form={form}: structure='ekfac' has ExactTikhonov() alone; leave form out")
-    return form or (ExactTikhonov() if structure == "ekfac" else FactoredTikhonov())
+    exact = structure in ("ekfac", "input_covariance")
+    if exact and isinstance(form, FactoredTikhonov):
+        raise ValueError(f"form={form}: structure={structure!r} has ExactTikhonov() alone; leave form out")
+    return form or (ExactTikhonov() if exact else FactoredTikhonov())
 
 
-def inverses_for(structure: str, form: Tikhonov, coverage: Coverage) -> LayerInverses:
+def inverses_for(structure: str, form: Tikhonov, coverage: Coverage, alpha: float = 1.0) -> LayerInverses:
     """Where the inverses are kept."""
     if structure == "ekfac":
         return ScaledInverses()
+    if structure == "input_covariance":
+        return InputInverses(alpha)
     if structure == "block_tridiagonal" and isinstance(form, FactoredTikhonov):
         sizes = {name: (b.factor_shapes[1][0], b.factor_shapes[0][0]) for name, b in coverage.blocks.items()}
         return ChainInverses(form, sizes)
