@@ -8,6 +8,6 @@ same recipe with `@draws` in the paper's file there, and, if the file is new, na
 from natgrad_lab.recipes.base import Recipe, Size, recipe
 from natgrad_lab.recipes.run import Run
 
-PAPERS = ("kfac", "natgrad")
+PAPERS = ("kfac", "thesis", "natgrad")
 
 __all__ = ["PAPERS", "Recipe", "Run", "Size", "recipe"]
