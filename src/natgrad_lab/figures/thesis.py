@@ -25,7 +25,7 @@ def figure_2_2(record: Record) -> Drawing:
     one = axes[0][0]
     one.grid(False)
     costs = found["costs"].numpy()
-    image = one.pcolormesh(found["lr"], found["alpha"], costs.T, cmap="viridis", shading="nearest")
+    image = one.pcolormesh(_edges(found["lr"]), _edges(found["alpha"]), costs.T, cmap="viridis")
     _logarithmic(one)
     figure.colorbar(image, ax=one, label=f"cost after {record.configuration['iterations']} iterations")
     rows = [("least cost", "–", f"{result['best']:.2f}"), ("share that diverged", "–", f"{np.isnan(costs).mean():.2f}")]
@@ -91,6 +91,12 @@ def table_4_1(record: Record) -> Drawing:
     one.set_xticks(range(len(METHODS)), [TITLES[m] for m in METHODS])
     one.set_ylabel("best cost of a search", color=INK["ink"], fontsize=11)
     return Drawing({"": figure}, rows)
+
+
+def _edges(middles: torch.Tensor) -> Any:
+    """Where the cells around places that are evenly spaced in the logarithm begin and end."""
+    half = (middles[1] / middles[0]).sqrt()
+    return torch.cat([middles / half, middles[-1:] * half]).numpy()
 
 
 def _collected(record: Record, method: str, key: str) -> list[float]:

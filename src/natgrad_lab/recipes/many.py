@@ -51,8 +51,9 @@ def final_costs(
         g = 2.0 * (inputs[-1] - inputs[0])
         for i in range(last, -1, -1):
             below = torch.bmm(g, weights[i].mT) if i else g
-            weights[i].sub_(step * torch.bmm(inputs[i].mT, g))
-            biases[i].sub_(step * g.sum(dim=1, keepdim=True))
+            g = step * g
+            weights[i].baddbmm_(inputs[i].mT, g, alpha=-1.0)
+            biases[i].sub_(g.sum(dim=1, keepdim=True))
             g = below if i == 0 or i - 1 == code else below.mul_(1.0 - inputs[i].square())
     costs = torch.zeros(k, dtype=torch.float64, device=x.device)
     for chunk in x.split(500):
