@@ -70,6 +70,9 @@ def draw(record: Record) -> Drawing:
     drawing = _DRAWS[record.name](record)
     if record.quick:
         for figure in drawing.figures.values():
+            engine = figure.get_layout_engine()
+            if engine is not None:  # room below for one line
+                engine.set(rect=(0, 0.04, 1, 0.96))
             figure.text(0.995, 0.004, QUICK, ha="right", va="bottom", fontsize=7, color=COLOURS[1])
     return drawing
 
@@ -96,7 +99,11 @@ def _write_png(figure: Figure, path: Path, record: Record) -> None:
     """Small: 128 colours are enough for lines and for shades of one colour."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=figure.get_facecolor())
-    image = Image.open(buffer).convert("RGB").quantize(COLOURS_OF_PNG, dither=Image.Dither.NONE)
+    image = (
+        Image.open(buffer)
+        .convert("RGB")
+        .quantize(COLOURS_OF_PNG, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    )
     about = PngImagePlugin.PngInfo()
     about.add_text("natgrad-record", record.name)
     about.add_text("natgrad-size", "quick" if record.quick else "full")

@@ -4,11 +4,14 @@ from typing import Any
 
 import torch
 
+from natgrad_lab.figures import kfac_experiments
 from natgrad_lab.figures.drawing import INK, WHITE_QUANTILE, Drawing, canvas, draws, shade, white_level
 from natgrad_lab.recipes.run import Record
 
 # Inverses have a strong diagonal: a lower level of white shows the rest.
 WHITE_QUANTILE_INVERSE = 0.98
+
+__all__ = ["kfac_experiments"]  # figures 7, 9, 10 and 11
 
 
 @draws("kfac-fig2")

@@ -5,9 +5,12 @@ from typing import Any
 from torch import Tensor
 
 from natgrad.linalg.spd import spd_inverse
+from natgrad_lab.recipes import kfac_experiments
 from natgrad_lab.recipes.base import Size, recipe
 from natgrad_lab.recipes.kfac_network import network
 from natgrad_lab.recipes.run import Run
+
+__all__ = ["kfac_experiments"]  # figures 7, 9, 10 and 11
 
 # Figure 2's network. What the paper leaves open was chosen so that the two errors that it prints come out about: 5 %
 # after 7 iterations, 0 % after 22.

@@ -1,0 +1,109 @@
+"""Figures 7, 9, 10 and 11 of Martens & Grosse (2015) [KFAC], from records."""
+
+import math
+from statistics import median
+from typing import Any
+
+from natgrad_lab.figures.drawing import COLOURS, INK, MARKERS, Drawing, canvas, draws
+from natgrad_lab.recipes.run import Record
+
+LABELS = {"block_tridiagonal": "tri", "block_diagonal": "diag"}
+
+
+@draws("kfac-fig7")
+def figure_7(record: Record) -> Drawing:
+    """Improvement against γ: raw Δ, scaled, scaled with momentum."""
+    c = record.configuration
+    figure, axes = canvas(1, len(c["structures"]), width=10, height=4.2, sharey=True)
+    rows = []
+    for one, structure in zip(axes[0], c["structures"], strict=True):
+        best = {}
+        for i, (name, values) in enumerate(record.results[structure].items()):
+            points = [(g, v) for g, v in zip(c["gammas"], values, strict=True) if v is not None]
+            one.plot(*zip(*points, strict=True), color=COLOURS[i], marker=MARKERS[i], markersize=4, label=name)
+            best[name] = max(points, key=lambda point: point[1])
+        largest = max(value for _, value in best.values())
+        one.axhline(0, color=INK["soft"], linewidth=0.8)
+        one.set(xscale="log", xlabel="γ", ylim=(-0.6 * abs(largest), 1.15 * abs(largest)))
+        one.set_title(structure.replace("_", "-"), color=INK["ink"], fontsize=11, loc="left")
+        for name, (gamma, value) in best.items():
+            rows.append((f"{LABELS[structure]}: best improvement of {name}, at γ", "–", f"{value:.3g} at {gamma:.2g}"))
+    axes[0][0].set_ylabel("h(θ) − h(θ + δ)")
+    axes[0][0].legend(fontsize=9, frameon=False)
+    return Drawing({"": figure}, rows)
+
+
+@draws("kfac-fig9")
+def figure_9(record: Record) -> Drawing:
+    """Error per iteration (left) and per training case (right), a row for each method."""
+    c = record.configuration
+    figure, axes = canvas(len(c["methods"]), 2, width=10, height=2.7 * len(c["methods"]))
+    rows = []
+    for row, name in zip(axes, c["methods"], strict=True):
+        for i, m in enumerate(c["sizes"]):
+            found = record.results[f"{name}, m = {m}"]
+            for one, against in zip(row, ("update", "examples"), strict=True):
+                _line(one, found, against, COLOURS[i], f"m = {m}")
+            rows.append((f"{name}, m = {m}: last error", "–", _last(found)))
+        row[0].set_ylabel(f"{name}\ntraining error", fontsize=8)
+    for one, label in zip(axes[-1], ("iterations", "training cases"), strict=True):
+        one.set_xlabel(label)
+    axes[0][0].legend(fontsize=8, frameon=False)
+    return Drawing({"": figure}, rows)
+
+
+@draws("kfac-fig10")
+def figure_10(record: Record) -> Drawing:
+    """Error against seconds (figure 10) and against iterations (figure 11), a row for each task."""
+    c = record.configuration
+    figures, rows = {}, []
+    for suffix, against, label in (("time", "seconds", "seconds"), ("iterations", "update", "iterations")):
+        figure, axes = canvas(len(c["tasks"]), 1, width=8, height=0.6 + 3.6 * len(c["tasks"]))
+        for (one,), task in zip(axes, c["tasks"], strict=True):
+            for i, method in enumerate(c["methods"]):
+                _line(one, record.results[f"{task}, {method}"], against, COLOURS[i % len(COLOURS)], method)
+            one.set(xscale="log", ylabel="training error")
+            one.set_title(task.upper(), color=INK["ink"], fontsize=11, loc="left")
+        axes[-1][0].set_xlabel(label)
+        axes[0][0].legend(fontsize=8, frameon=False)
+        figures[suffix] = figure
+    for task in c["tasks"]:
+        tri, diag = (record.results[f"{task}, Blk-{which} K-FAC"] for which in ("TriDiag", "Diag"))
+        gain = progress_gain(diag, tri)
+        rows.append((f"{task}: N_diag / N_tri − 1", "25 to 40 %", "–" if gain is None else f"{100 * gain:.0f} %"))
+        for method in c["methods"]:
+            rows.append((f"{task}, {method}", "–", _last(record.results[f"{task}, {method}"])))
+    return Drawing(figures, rows)
+
+
+def progress_gain(slower: dict[str, Any], faster: dict[str, Any]) -> float | None:
+    """The median of N_slower / N_faster − 1 over the errors that both reach in the later half of the slower run.
+
+    N is the number of updates to an error, interpolated between evaluations on the logarithm of the error.
+    """
+    reached = [e for e in slower["train_error"][len(slower["train_error"]) // 2 :] if e is not None]
+    pairs = [(updates_to(slower, e), updates_to(faster, e)) for e in reached]
+    ratios = [a / b - 1 for a, b in pairs if a and b]
+    return median(ratios) if ratios else None
+
+
+def updates_to(found: dict[str, Any], error: float) -> float | None:
+    """Updates to the first time at which the error is at most `error`; None if it never is."""
+    points = [(u, e) for u, e in zip(found["update"], found["train_error"], strict=True) if e is not None and e > 0]
+    for (u, e), (v, f) in zip(points, points[1:], strict=False):
+        if f <= error < e:
+            return u + (v - u) * math.log(e / error) / math.log(e / f)
+    return float(points[0][0]) if points and points[0][1] <= error else None
+
+
+def _line(axes: Any, found: dict[str, Any], against: str, colour: str, label: str) -> None:
+    rows = zip(found[against], found["train_error"], strict=True)
+    points = [(x, e) for x, e in rows if e is not None and e > 0]
+    axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=label)
+    axes.set_yscale("log")
+
+
+def _last(found: dict[str, Any]) -> str:
+    end = "" if found["end"] == "finished" else f", {found['end']}"
+    error = found["train_error"][-1]
+    return f"{error:.3g} after {found['update'][-1]}{end}"

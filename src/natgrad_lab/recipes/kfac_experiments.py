@@ -1,0 +1,194 @@
+"""The experiments of [KFAC, secs. 6.4, 13]: figures 7, 9, 10 and 11. Full sizes take hours; stopped ones go on."""
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import natgrad as ng
+from natgrad_lab.recipes.base import Size, recipe
+from natgrad_lab.recipes.kfac_training import load_task, session, train
+from natgrad_lab.recipes.run import Run
+
+HOUR = 3600.0
+DIAGONAL = {"optimizer": "kfac-paper", "structure": "block_diagonal"}
+TRIDIAGONAL = {"optimizer": "kfac-paper", "structure": "block_tridiagonal"}
+# η as in sec. 13. The paper names no activation; λ₀ = 150 and the rest are those of KFAC.paper.
+COMMON = {"l2": 1e-5, "activation": "tanh", "cases": None, "seconds": None}
+SMALL = {"cases": 300, "updates": 12}
+
+
+@recipe(
+    "kfac-fig7",
+    title="improvement against γ, Δ scaled and not",
+    source="[KFAC, fig. 7]",
+    full=Size(
+        3 * HOUR,
+        {
+            **COMMON,
+            "task": "mnist",
+            "updates": 500,
+            "method": {**TRIDIAGONAL, "m": None},
+            "structures": ["block_tridiagonal", "block_diagonal"],
+            "rows": 4000,
+            "gammas": [10.0 ** (k / 4) for k in range(-12, 9)],
+        },
+    ),
+    quick=Size(
+        5,
+        {
+            **SMALL,
+            "task": "digits",
+            "method": {"optimizer": "kfac", "structure": "block_tridiagonal", "m": None},
+            "rows": 200,
+            "gammas": [10.0**k for k in range(-3, 3)],
+        },
+    ),
+)
+def figure_7(run: Run) -> None:
+    """One more update of a partly trained network: h(θ) − h(θ + δ) for Δ, α Δ and α Δ + μ δ₀, and many γ."""
+    c = run.configuration
+    task = load_task(run, c["task"])
+
+    def trained() -> dict[str, Any]:
+        states = []
+        for updates in (c["updates"] - 1, c["updates"]):  # their difference is δ₀
+            training = session(run, task, "network", c["method"], updates)
+            done = training.runner.update
+            with run.bar(f"training to update {updates}", updates) as advance:
+                for _ in range(done):
+                    advance()
+                result = training.run(updated=lambda runner: advance())  # noqa: B023 - called within this iteration
+            if result.reason == "interrupted":
+                raise KeyboardInterrupt
+            if result.reason == "diverged":
+                raise RuntimeError(f"{c['method']['optimizer']} diverged: {result.message}; try another --seed")
+            states.append(_vector(training.runner.competitor.model))
+        statistics = dict(cast(ng.KFAC, training.runner.competitor.optimizer).stats)
+        run.save("network", {"before": states[0], "after": states[1]})
+        return {key: float(statistics[key]) for key in ("lambda", "gamma", "rho")}
+
+    found = run.part("training", trained)
+    saved = run.load("network")
+    assert saved is not None  # the part above wrote it
+    model = task.make_model(seed=run.seed, activation=c["activation"]).to(run.device)
+    torch.nn.utils.vector_to_parameters(saved["after"].to(run.device), model.parameters())
+    previous = (saved["after"] - saved["before"]).to(run.device)
+    x = task.x_train[: c["rows"]]
+    damping = found["lambda"] + c["l2"]
+    for structure in c["structures"]:
+        run.part(structure, lambda s=structure: _improvements(run, model, task.likelihood, x, s, previous, damping))
+
+
+def _improvements(
+    run: Run, model: torch.nn.Module, likelihood: Any, x: Tensor, structure: str, previous: Tensor, damping: float
+) -> dict[str, Any]:
+    """The improvement for every γ, all on the same cases; M has the damping λ + η."""
+    l2, theta = run.configuration["l2"], _vector(model)
+    generator = torch.Generator(device=x.device).manual_seed(run.seed)
+    curvature = ng.kronecker_fisher(
+        model, likelihood, x, structure=structure, expectation="sampled", generator=generator
+    )
+    F = ng.Fisher(model, likelihood, x)
+
+    def h(at: Tensor) -> Tensor:
+        torch.nn.utils.vector_to_parameters(at, model.parameters())
+        with torch.no_grad():
+            value = likelihood.nll(model(x), x) + 0.5 * l2 * at.square().sum()
+        torch.nn.utils.vector_to_parameters(theta, model.parameters())
+        return value
+
+    loss = likelihood.nll(model(x), x)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    gradient = torch.cat([g.reshape(-1) for g in gradients]) + l2 * theta
+    start = h(theta)
+    curves: dict[str, list[float]] = {"Δ": [], "α Δ": [], "α Δ + μ δ₀": []}
+    with run.bar(f"γ, {structure}", len(run.configuration["gammas"])) as advance:
+        for gamma in run.configuration["gammas"]:
+            delta = -(curvature.inverse(gamma**2, kind="factored") @ gradient)
+            curves["Δ"].append((start - h(theta + delta)).item())
+            for name, directions in (("α Δ", [delta]), ("α Δ + μ δ₀", [delta, previous])):
+                step = best_step_within(F, gradient, directions, damping)
+                curves[name].append((start - h(theta + step)).item())
+            advance()
+    return curves
+
+
+def best_step_within(F: Any, gradient: Tensor, directions: list[Tensor], damping: float) -> Float[Tensor, " size"]:
+    """The minimiser of M in the span of the directions [KFAC, secs. 6.4, 7]."""
+    D = torch.stack(directions, dim=1)
+    quadratic = D.mT @ (F @ D) + damping * D.mT @ D
+    coefficients = torch.linalg.solve(quadratic.double(), -(D.mT @ gradient).double())
+    return D @ coefficients.to(D)
+
+
+def _vector(model: torch.nn.Module) -> Tensor:
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+@recipe(
+    "kfac-fig9",
+    title="mini-batch size against progress",
+    source="[KFAC, fig. 9]",
+    full=Size(
+        12 * HOUR,
+        {
+            **COMMON,
+            "task": "mnist",
+            "updates": 2000,
+            "seconds": HOUR,
+            "sizes": [1000, 4000, 16000],
+            "methods": {
+                "Blk-TriDiag K-FAC": TRIDIAGONAL,
+                "Blk-Diag K-FAC": DIAGONAL,
+                "Blk-Diag K-FAC (no moment.)": {**DIAGONAL, "momentum": False},
+                "baseline": {"optimizer": "nesterov"},
+            },
+        },
+    ),
+    quick=Size(5, {**SMALL, "task": "digits", "sizes": [50, 200]}),
+)
+def figure_9(run: Run) -> None:
+    """The same task with fixed batch sizes: error per iteration and per training case."""
+    c = run.configuration
+    task = load_task(run, c["task"])
+    for name, method in c["methods"].items():
+        for m in c["sizes"]:
+            part = f"{name}, m = {m}"
+            run.part(part, lambda p=part, how=method, m=m: train(run, task, p, {**how, "m": m}))
+
+
+@recipe(
+    "kfac-fig10",
+    title="error by time and by iteration (10 and 11)",
+    source="[KFAC, figs. 10, 11]",
+    full=Size(
+        18 * HOUR,
+        {
+            **COMMON,
+            "tasks": ["curves", "mnist", "faces"],
+            "updates": 2000,
+            "seconds": HOUR,
+            "methods": {
+                "Blk-TriDiag K-FAC": {**TRIDIAGONAL, "m": None},
+                "Blk-Diag K-FAC": {**DIAGONAL, "m": None},
+                "Blk-TriDiag K-FAC (no moment.)": {**TRIDIAGONAL, "momentum": False, "m": 2000},
+                "Blk-Diag K-FAC (no moment.)": {**DIAGONAL, "momentum": False, "m": 2000},
+                "baseline": {"optimizer": "nesterov", "m": None},
+                "KFAC, this library's defaults": {"optimizer": "kfac", "m": None},
+            },
+            "baseline updates": 200_000,
+        },
+    ),
+    quick=Size(5, {**SMALL, "tasks": ["digits"], "baseline updates": 40}),
+)
+def figure_10(run: Run) -> None:
+    """Every method on every task: error against seconds and against iterations."""
+    c = run.configuration
+    for name in c["tasks"]:
+        task = load_task(run, name)
+        for method, how in c["methods"].items():
+            part = f"{name}, {method}"
+            updates = c["baseline updates"] if how["optimizer"] == "nesterov" else c["updates"]
+            run.part(part, lambda t=task, p=part, how=how, u=updates: train(run, t, p, how, u))
