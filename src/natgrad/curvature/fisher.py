@@ -54,7 +54,7 @@ def kronecker_fisher(
     - ``"ekfac"``: blocks ``Q diag(S) Qᵀ``, Q the eigenvectors of ``A ⊗ G`` and S the second moments of the per-example
       gradient in that basis (George et al. 2018): nearer to F than F̆. Two passes over x, with the same draws;
     - ``"exact_block"``: ``E[ā āᵀ ⊗ g gᵀ]`` per layer, no approximation within it;
-    - ``"input_covariance"``: ``A ⊗ α I`` [THESIS, sec. 6.4.1].
+    - ``"input_covariance"``: ``A ⊗ α I`` [THESIS, sec. 6.3.2].
 
     ``"full"`` and ``"exact_block"`` hold dense matrices: small models only. On sequences rows are uses of a layer,
     one per example and position ("expand"): A is summed and G averaged over the uses of an example. "full" pairs rows

@@ -1,4 +1,4 @@
-r"""The amortised covariance preconditioner's matrix: ``F_in = A ⊗ α I`` [THESIS, sec. 6.4.1].
+r"""The amortised covariance preconditioner's matrix: ``F_in = A ⊗ α I`` [THESIS, sec. 6.3.2].
 
 It ignores how output neurons interact. Its damped inverse needs a factor of the layer's input alone:
 ``(A ⊗ α I + damping I)^{-1} = (A + damping/α I)^{-1} ⊗ I/α``.
