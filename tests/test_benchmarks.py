@@ -175,6 +175,10 @@ def test_update_cost_covers_whole_periods(digits):
     kfac: Any = enter("kfac", digits).optimizer
     assert row["updates_of_a_block"] % kfac.periods.inverses == 0
     assert len(row["kfac / sgd"]) == 2 and all(r > 0 for r in row["kfac / sgd"])
+    assert (
+        all(r > 0 for r in row["kfac-tridiagonal / sgd"])
+        and len(well_formed(update_cost.tridiagonal_table([row]))) == 2
+    )
     assert len(well_formed(update_cost.cost_table([row]))) == len(well_formed(update_cost.sgd_table([row]))) == 2
     assert "damping" in settings["in force"]
 
