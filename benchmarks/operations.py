@@ -77,7 +77,9 @@ def operations_table(rows: list[dict[str, Any]]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", default="curves", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--optimizers", default="kfac,kfac-ekfac", help="K-FAC's entries (default: %(default)s)")
+    parser.add_argument(
+        "--optimizers", default="kfac,kfac-ekfac,kfac-tridiagonal", help="K-FAC's entries (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=positive(int), default=1000, help="m (default: %(default)s)")
     parser.add_argument("--blocks", type=positive(int), default=3, help="blocks of turns (default: %(default)s)")
 

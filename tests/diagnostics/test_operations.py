@@ -88,6 +88,12 @@ def test_exact_structures_and_periods() -> None:
     assert known.tasks["5 inverses"] == plain.tasks["5 inverses"] - 0.5 * 6**3 / 20
     tridiagonal = kfac_operations(SIZES, 100, T2=None, structure="block_tridiagonal")
     assert tridiagonal.tasks["4 statistics"] == plain.tasks["4 statistics"] + 12.5 * (35 + 15 + 15 + 18)
+    one_pair = kfac_operations([(4, 6), (6, 3)], 1000, T2=None, structure="block_tridiagonal", low_rank=False)
+    alone = kfac_operations([(4, 6), (6, 3)], 1000, T2=None, low_rank=False)
+    pair = 2 * (3 * 6 * 5 + 3 * 5 * 5 + 3 * 3 * 7 + 3 * 7 * 5)  # ranks 5 and 3 of [6 x 5] and [3 x 7]
+    assert one_pair.tasks["6 preconditioning"] == alone.tasks["6 preconditioning"] + pair
+    added = 6.5 * 5**3 + 49 * 5 + 2 * 7 * 25 + 6.5 * 3**3 + 36 * 3 + 2 * 6 * 9
+    assert one_pair.tasks["5 inverses"] == pytest.approx(alone.tasks["5 inverses"] + added / 20)
     with pytest.raises(ValueError, match="structure='full'"):
         kfac_operations(SIZES, 100, structure="full")
     with pytest.raises(ValueError, match="sizes"):

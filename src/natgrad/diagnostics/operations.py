@@ -11,9 +11,8 @@ from dataclasses import dataclass
 # (reduction to tridiagonal form, divide and conquer, back-transformation), about nine times as much.
 _INVERSE = 0.5
 _EIGENVECTORS = 4.5
-# Of the block-tridiagonal form [KFAC, app. B], per layer and side: inverses and roots of the damped factors, the
-# conditional covariances and their simultaneous diagonalisation.
-_STEIN = 2 * _EIGENVECTORS + 6.0
+# Simultaneous diagonalisation of a pair [KFAC, app. B]: Cholesky, two triangular solves and the eigenvectors.
+_PAIR = _EIGENVECTORS + 2.0
 
 
 @dataclass(frozen=True)
@@ -106,14 +105,18 @@ def kfac_operations(
     if structure == "ekfac":
         statistics += sum(i * i + i * o + o * o for i, o in sizes)  # rotations, and the squares' product
     decompositions = preconditioning = 0.0
-    per_factor = {"block_diagonal": _INVERSE, "ekfac": _EIGENVECTORS, "block_tridiagonal": _STEIN}[structure]
-    products = {"block_diagonal": 1, "ekfac": 2, "block_tridiagonal": 4}[structure]
+    per_factor = _EIGENVECTORS if structure == "ekfac" else _INVERSE
+    products = 2 if structure == "ekfac" else 1
     for k, (i, o) in enumerate(sizes):
         columns, known = i + bias, diagonal_output and k == last and structure != "block_tridiagonal"
         decompositions += per_factor * (columns**3 + (0 if known else o**3))
         direct = products * (o * columns**2 + (0 if known else o**2 * columns))
         rank_m = m * (columns**2 + (0 if known else o**2) + o * columns)
         preconditioning += min(direct, rank_m) if low_rank and structure == "block_diagonal" else direct
+    if structure == "block_tridiagonal":
+        for lower, upper in zip(sizes[:-1], sizes[1:], strict=True):
+            found = _edge(lower[0] + bias, lower[1], upper[0] + bias, upper[1])
+            decompositions, preconditioning = decompositions + found[0], preconditioning + found[1]
     tasks = {
         "1 forward and backward pass": m * (weights + above),
         "2 gradient": m * weights,
@@ -125,6 +128,21 @@ def kfac_operations(
         "8 forward pass for rho": rho_share * m * weights / T1,
     }
     return Operations(tasks, m * (2 * weights + above))
+
+
+def _edge(columns: int, out: int, upper_columns: int, upper_out: int) -> tuple[float, float]:
+    """What a pair of layers adds: its canonical coordinates, and the products of both layers with them.
+
+    As :mod:`natgrad.curvature.edges` does it: of each factor as many coordinates as the smaller layer has.
+    """
+    ranks, decompositions = [], 0.0
+    for n, other in ((columns, upper_columns), (out, upper_out)):
+        r, large = min(n, other), max(n, other)
+        decompositions += _PAIR * r**3 + large**2 * r + 2 * large * r**2
+        ranks.append(r)
+    r_a, r_g = ranks
+    there = sum(r_g * o * c + r_g * c * r_a for c, o in ((columns, out), (upper_columns, upper_out)))
+    return decompositions, 2.0 * there
 
 
 def paper_coefficients(
