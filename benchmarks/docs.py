@@ -17,6 +17,7 @@ ORDER = (
     "fisher-products",
     "truncated-newton",
     "operations",
+    "layer-cost",
     "search",
     "sweep",
 )

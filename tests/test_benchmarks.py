@@ -12,6 +12,7 @@ from benchmarks import (
     convergence,
     docs,
     fisher_products,
+    layer_cost,
     memory,
     operations,
     report,
@@ -202,6 +203,13 @@ def test_memory_counts_at_least_gradients_and_state(digits):
     assert before == bytes_of_parameters + digits.x_train.nbytes and settings["lr"] > 0
     row = {"task": "digits", "m": 20, "kfac": 3 * memory.MIB, "adam": 2 * memory.MIB, "before": 2 * memory.MIB}
     assert well_formed(memory.memory_table([row]))[1][4:] == ["1.5", "1.5", "yes", "2", "1.25"]
+
+
+def test_layer_cost_in_passes_and_steps():
+    found = layer_cost.measure(4, 4, 1, shapes=((2, 2, 3, 4),))
+    assert len(well_formed(layer_cost.layer_table(found["layers"]))) == 2
+    lines = well_formed(layer_cost.step_table(found["steps"]))
+    assert len(lines) == 4 and [float(cell) for cell in lines[1][1:]] == [1, 1]
 
 
 def test_fisher_products_in_passes():
