@@ -75,24 +75,35 @@ def cg(
     count = torch.zeros((), dtype=torch.long, device=b.device)
     curvature = torch.zeros_like(rhs_norm)
     kept = {0: x.clone()} if 0 in system.store else {}
+    on_host = b.device.type == "cpu"
     for i in range(1, max_iters + 1):
         if (i - 1) % check_every == 0 and bool(status != _RUNNING):
             break
         z = system.precondition(r)
-        rz_before, rz = rz, torch.dot(r, z)
+        rz_before, rz = rz, torch.dot(r, z) if system.preconditioned else residual_norm.square()
         status = _first(status, ~torch.isfinite(rz), _NON_FINITE)
         status = _first(status, rz <= 0, _INDEFINITE)
         running = status == _RUNNING
-        p = torch.where(running, z if i == 1 else torch.addcmul(z, p, rz / rz_before), p)
+        if on_host:  # where asking costs nothing, vectors are overwritten instead of selected
+            if not running:
+                break
+            p = z.clone() if i == 1 else p.mul_(rz / rz_before).add_(z)
+        else:
+            p = torch.where(running, z if i == 1 else torch.addcmul(z, p, rz / rz_before), p)
         Ap = system.product(p)
         pAp = torch.dot(p, Ap)
         status = _first(status, ~torch.isfinite(pAp), _NON_FINITE)
         status = _first(status, pAp <= 0, _NEGATIVE)
         curvature = torch.where(running, pAp, curvature)
         running = status == _RUNNING
+        if on_host and not running:
+            break
         alpha = torch.where(running, rz / pAp, 0.0)
         x = x.addcmul_(p, alpha)
-        r = torch.where(running, torch.addcmul(r, Ap, alpha, value=-1), r)
+        if on_host:
+            r = r.addcmul_(Ap, alpha, value=-1)
+        else:
+            r = torch.where(running, torch.addcmul(r, Ap, alpha, value=-1), r)
         residual_norm = torch.linalg.vector_norm(r)
         values.append(torch.where(running, values[-1] - 0.5 * alpha * rz, values[-1]))
         count = count + running

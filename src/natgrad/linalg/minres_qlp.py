@@ -81,9 +81,10 @@ class _Run:
         """The first Lanczos vector; a reason where there is nothing to do."""
         b, system = self.system.b, self.system
         self.start = torch.zeros_like(b) if system.x0 is None else system.x0
-        self.r = b if system.x0 is None else b - system.product(self.start)
-        self.y_before, self.y = torch.zeros_like(b), self.r  # Lanczos vectors before normalisation and preconditioning
-        self.z = system.precondition(self.r)
+        self.r = b.clone() if system.x0 is None else b - system.product(self.start)
+        # Lanczos vectors before normalisation and preconditioning
+        self.y_before, self.y = torch.zeros_like(b), self.r.clone()
+        self.z = system.precondition(self.y)
         self.wl, self.w, self.xl2 = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b)
         norm = torch.linalg.vector_norm
         sizes = torch.stack((norm(b), norm(self.r), torch.dot(self.r, self.z))).tolist()
@@ -96,7 +97,7 @@ class _Run:
         if not all(map(math.isfinite, (self.rhs_norm, self.residual_norm, squared))):
             return "non_finite"
         if self.rhs_norm == 0:
-            self.start, self.r, self.residual_norm = torch.zeros_like(b), b, 0.0
+            self.start, self.r, self.residual_norm = torch.zeros_like(b), torch.zeros_like(b), 0.0
             return "zero_rhs"
         if self.residual_norm <= self.tol * self.rhs_norm:
             return "converged"
@@ -138,7 +139,7 @@ class _Run:
             self.dropped = True
             return reason
         self.residual_norm = residual_norm
-        self.r = (self.r * s.s**2).add_(y, alpha=0.0 if ended else -s.phi * s.c / s.beta)
+        self.r.mul_(s.s**2).add_(y, alpha=0.0 if ended else -s.phi * s.c / s.beta)
         if self.needs_model:
             self._append_model_value()
         if self.k in self.system.store:
@@ -179,13 +180,13 @@ class _Run:
     def _rotate(self, v: Tensor) -> None:
         """``W_k = V_k P_k``: the last three columns change; the third last is final and enters x."""
         s = self.scalars
-        third = v if self.k == 1 else self.wl * s.s2 - v * s.c2
-        final = self.wl * s.c2 + v * s.s2
         if self.k == 1:
-            self.w = third
-        else:
-            self.wl, self.w = self.w * s.c1 + third * s.s1, self.w * s.s1 - third * s.c1
-        self.xl2 = self.xl2.add_(final, alpha=s.u[0])
+            self.w = v
+            return
+        third = (self.wl * s.s2).sub_(v, alpha=s.c2)
+        self.xl2.add_(self.wl, alpha=s.c2 * s.u[0]).add_(v, alpha=s.s2 * s.u[0])
+        self.wl = (self.w * s.c1).add_(third, alpha=s.s1)
+        self.w = (self.w * s.s1).sub_(third, alpha=s.c1)
 
     def _residual_norm(self, inner: list[float], ended: bool) -> float:
         s = self.scalars
