@@ -22,6 +22,7 @@ from natgrad.operators.autodiff import (
 from natgrad.optim.acp import ACP
 from natgrad.optim.centered import CenteredSGD
 from natgrad.optim.dense_newton import Newton
+from natgrad.optim.eigen_adam import EigenAdam
 from natgrad.optim.hessian_free import HessianFree
 from natgrad.optim.kfac import KFAC
 from natgrad.optim.krylov_descent import KrylovDescent
@@ -47,6 +48,7 @@ __all__ = [
     "Categorical",
     "CenteredSGD",
     "Damping",
+    "EigenAdam",
     "EmpiricalFisher",
     "ExactTikhonov",
     "FactoredTikhonov",

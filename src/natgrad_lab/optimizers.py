@@ -256,6 +256,7 @@ _FAMILY = {
     "acp": "ACP",
     "centered": "CenteredSGD",
     "prong": "PRONG",
+    "eigen-adam": "EigenAdam",
 }
 _UNSEEDED = ("acp", "centered")  # nothing is sampled
 

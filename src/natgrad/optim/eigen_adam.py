@@ -1,0 +1,275 @@
+"""Adam in the Kronecker eigenbasis of the Fisher matrix."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from natgrad.curvature.base import factors_from
+from natgrad.curvature.inverse import Eigenbasis
+from natgrad.curvature.running import RunningFactors
+from natgrad.damping import ExactTikhonov
+from natgrad.layers.capture import Capture
+from natgrad.layers.coverage import Coverage, cover
+from natgrad.likelihoods import Likelihood
+from natgrad.model_view import Forward
+from natgrad.operators.chain import Chain
+from natgrad.optim.evaluation import Evaluator
+from natgrad.optim.inverses import LayerInverses
+from natgrad.optim.layer_state import load_factors, same_keys, same_shape, save_layer
+from natgrad.optim.layout import JointLayout
+from natgrad.optim.settings import Periods, Subsets
+from natgrad.optim.static import StaticInputs
+from natgrad.optim.stats import Stats
+from natgrad.optim.whole_model import WholeModelOptimizer
+
+
+class EigenAdam(WholeModelOptimizer):
+    r"""Adam's moments of the gradient in the eigenbasis of each layer's factors A and G.
+
+    Beyond the papers: K-FAC (exact Tikhonov) divides the rotated gradient ``R = Q_Gᵀ ∇h Q_A`` by eigenvalues of the
+    Fisher matrix, EKFAC by its second moments per example; here Adam divides its decayed mean by the root of its
+    decayed square, as SOAP does with the gradient's own second moments in the place of the sampled Fisher's factors:
+
+        ``m ← β₁ m + (1−β₁) R,   v ← β₂ v + (1−β₂) R²,   W ← W − lr Q_G [m̂ / (√v̂ + ε)] Q_Aᵀ``
+
+    with m̂ and v̂ corrected for their start at zero. A new basis re-rotates m and leaves v as it was. Parameters that no
+    layer's factors cover take Adam's own step. The learning rate is an ordinary one and rises linearly over the first
+    ``warmup`` updates; any ``lr_scheduler`` works::
+
+        optimizer = ng.EigenAdam(model, likelihood, lr=5e-3)
+        loss = optimizer.step(x, y)
+
+    Args:
+        model: any module.
+        likelihood: p(y | z); the loss is ``likelihood.nll``.
+        lr: the learning rate.
+        betas: β₁ and β₂.
+        eps: ε.
+        weight_decay: decoupled, as in ``torch.optim.AdamW``.
+        warmup: updates until the learning rate is reached.
+        seed: of the optimiser's own random stream (subsets, sampled targets).
+        forward: ``forward(model, inputs) → z`` where the default call convention does not fit.
+        subsets: τ₁, the share of a batch whose sampled targets enter the factors.
+        periods: how often the factors take in an estimate, and how often they are decomposed.
+        decay: the cap on ε in the decayed averages of the factors.
+        static_inputs: as for :class:`natgrad.KFAC`.
+        sharing: as for :func:`natgrad.kronecker_fisher`.
+
+    Attributes:
+        stats: of the last step: ``loss``, ``grad_norm``, ``updates``, ``skipped`` (batches that were not finite and
+            changed nothing), ``failed_bases`` (decompositions that failed; the layer keeps its last good basis).
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        lr: float = 5e-3,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        warmup: int = 20,
+        seed: int = 0,
+        forward: Forward | None = None,
+        subsets: Subsets = Subsets(1 / 8, 1 / 8),
+        periods: Periods = Periods(inverses=40, early=(1, 2, 3, 5, 10, 15, 20)),
+        decay: float = 0.95,
+        static_inputs: Any = None,
+        sharing: str | Mapping[str, str] = "expand",
+    ) -> None:
+        if not all(0 <= beta < 1 for beta in betas) or len(betas) != 2:
+            raise ValueError(f"betas={betas}: expected two numbers in [0, 1), such as (0.9, 0.98)")
+        if not 0 < eps < math.inf or not 0 <= weight_decay < math.inf:
+            raise ValueError(f"eps={eps}, weight_decay={weight_decay}: expected a positive and a non-negative number")
+        if warmup < 0:
+            raise ValueError(f"warmup={warmup}: expected a number of updates, 0 for none")
+        super().__init__(model, likelihood, lr=lr, seed=seed, forward=forward)
+        self.betas, self.eps, self.weight_decay, self.warmup = betas, eps, weight_decay, warmup
+        self.subsets, self.periods = subsets, periods
+        self._coverage = cover(self.view, "identity", "block_diagonal", sharing)
+        self.layout = JointLayout(self.view, self._coverage)
+        self._running = RunningFactors(decay)
+        self._bases = LayerInverses(ExactTikhonov())
+        self._evaluator = Evaluator(
+            self.view,
+            likelihood,
+            Capture(model, self._coverage.blocks),
+            self.layout,
+            chain=Chain.of(self.view),
+            static=None if static_inputs is None else StaticInputs(static_inputs),
+        )
+        self._gradient, self._rotated, self._mean, self._square = self.layout.buffers(4)
+        self._taken = self._scalar()
+
+    def coverage(self) -> Coverage:
+        """What is treated how; ``print`` it for a table with parameter counts. Adam's own step counts as identity."""
+        return self._coverage
+
+    @torch.no_grad()
+    def step(  # pyrefly: ignore[bad-override] - the model is evaluated here
+        self, inputs: Any = None, targets: Any = None, micro_batch_size: int | None = None, closure: Any = None
+    ) -> Float[Tensor, ""] | None:
+        """Evaluate a mini-batch and update the parameters.
+
+        Args:
+            inputs: one batch, as ``forward`` (or the model) takes it; or, with ``targets=None``, a re-iterable of
+                (inputs, targets) micro-batches.
+            targets: what the likelihood compares z with.
+            micro_batch_size: split the batch into chunks of at most this many examples.
+            closure: not supported.
+
+        Returns:
+            the loss before the update: a 0-d tensor.
+
+        Raises:
+            TypeError: a closure is given, or inputs are missing while a learning rate is not 0.
+            ValueError: inputs or targets that do not fit the model and the likelihood, or an empty batch.
+        """
+        batches = self._batches(inputs, targets, micro_batch_size, closure)
+        if batches is None:
+            return None
+        update = self._update_number + 1
+        buffers = self._buffers()
+        evaluation = self._evaluator(
+            batches, self.subsets.at(update), self._generator, self._gradient, observe=self.periods.observes(update)
+        )
+        norm = torch.linalg.vector_norm(evaluation.gradient)
+        finite = torch.isfinite(evaluation.loss) & torch.isfinite(norm)
+        self._count_step(finite, buffers)
+        if evaluation.statistics.examples:
+            self._running.update(factors_from(evaluation.statistics, in_place=True), finite)
+        if self._running.factors and (self.periods.due(update) or not self._bases):
+            self._renew()
+        self._taken += finite
+        if finite.device.type != "cpu" or finite:
+            self._descend(finite)
+        self.stats = Stats(
+            {
+                "loss": evaluation.loss,
+                "grad_norm": norm,
+                "updates": self._update_number,
+                "failed_bases": self._bases.failures,
+                **self._counts,
+            }
+        )
+        return evaluation.loss.to(self._gradient.dtype)
+
+    def _basis(self, name: str) -> Eigenbasis | None:
+        found = self._bases.at(name, 1.0)
+        return getattr(found, "basis", None)
+
+    def _renew(self) -> None:
+        """New bases from the averaged factors; m is rotated from the old ones into them."""
+        mean = self.layout.blocks(self._mean)
+        old = {name: self._basis(name) for name in mean}
+        self._bases.refresh({name: self._running.factors[name] for name in mean}, 0.0)
+        for name, m in mean.items():
+            new, before = self._basis(name), old[name]
+            if new is not None and new is not before:
+                m.copy_(new.rotate(m if before is None else before.rotate_back(m)))
+
+    def _descend(self, finite: Bool[Tensor, ""]) -> None:
+        """Adam's step on the rotated gradient; none where ``finite`` is False."""
+        self._rotated.copy_(self._gradient)
+        rotated = self.layout.blocks(self._rotated)
+        bases = {name: self._basis(name) for name in rotated}
+        for name, basis in bases.items():
+            if basis is not None:
+                rotated[name].copy_(basis.rotate(rotated[name]))
+        if finite.device.type != "cpu":
+            self._rotated.copy_(torch.where(finite, self._rotated, 0.0))
+        first, second = self.betas
+        keep = torch.where(finite, torch.tensor([first, second], device=finite.device, dtype=self._rotated.dtype), 1.0)
+        self._mean.mul_(keep[0]).add_(self._rotated, alpha=1 - first)
+        self._square.mul_(keep[1]).addcmul_(self._rotated, self._rotated, value=1 - second)
+        taken = self._taken.clamp(min=1)
+        corrections = (1 - first**taken, 1 - second**taken)
+        rate = torch.clamp(self._taken / max(self.warmup, 1), max=1.0) * finite / corrections[0]
+        # m̂ / (√v̂ + ε) with the corrections as scalars: two passes over the parameters
+        torch.sqrt(self._square, out=self._rotated)
+        self._rotated.mul_(corrections[1].rsqrt().to(self._rotated.dtype)).add_(self.eps)
+        torch.div(self._mean, self._rotated, out=self._rotated)
+        self._rotated.mul_(rate.to(self._rotated.dtype))
+        for name, basis in bases.items():
+            if basis is not None:
+                rotated[name].copy_(basis.rotate_back(rotated[name]))
+        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+        for name, step in self.layout.parameters(self._rotated).items():
+            parameter = self.view.parameters[name]
+            lr = rates[id(parameter)]
+            if self.weight_decay:
+                parameter.mul_(1 - lr * self.weight_decay * finite.to(parameter.dtype))
+            parameter.add_(step, alpha=-lr)
+
+    def _numbers(self) -> dict[str, Tensor]:
+        return {"taken": self._taken}
+
+    def _tensors(self) -> list[dict[str, Tensor]]:
+        """Per parameter: the moments, and what belongs to the layer that it leads."""
+        mean, square = (self.layout.parameters(flat) for flat in (self._mean, self._square))
+        leaders = self._leaders()
+        saved = []
+        for name in self.view.names:
+            state = {"exp_avg": mean[name].clone(), "exp_avg_sq": square[name].clone()}
+            if name in leaders:
+                layer = leaders[name]
+                state |= save_layer(self._coverage.blocks[layer], self._running.factors.get(layer), self._bases)
+            saved.append(state)
+        return saved
+
+    def _leaders(self) -> dict[str, str]:
+        """The first trainable parameter of every covered layer → the layer."""
+        return {next(iter(block.members.values())): name for name, block in self._coverage.blocks.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, factors, bases, counters and the random stream, in the form of every torch optimiser's state."""
+        state = super().state_dict()
+        state["state"] = dict(enumerate(self._tensors()))
+        updates = self._running.updates
+        state["param_groups"][0] |= {
+            "factor_updates": 0.0 if updates is None else float(updates),
+            "failed_bases": self._bases.failures,
+        }
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a :meth:`state_dict`, bit for bit on the same machine with the same number of threads.
+
+        Raises:
+            ValueError: the state is of another model or optimiser; what does not fit is named, nothing was changed.
+        """
+        super().load_state_dict(state_dict)
+        numbers, tensors = self._check_state(state_dict)
+        self._bases.failures = int(numbers["failed_bases"])
+        known = numbers["factor_updates"] > 0
+        self._running.updates = torch.full_like(self._taken, numbers["factor_updates"]) if known else None
+        self._running.factors = {}
+        mean, square = (self.layout.parameters(flat) for flat in (self._mean, self._square))
+        leaders = self._leaders()
+        for name, saved in zip(self.view.names, tensors, strict=True):
+            mean[name].copy_(saved["exp_avg"])
+            square[name].copy_(saved["exp_avg_sq"])
+            if name in leaders:
+                state = {key: value.detach().to(self._mean.device) for key, value in saved.items()}
+                self._bases.load(leaders[name], state)
+                if known:
+                    self._running.factors[leaders[name]] = load_factors(state)
+
+    def _check_state(self, state: Any) -> tuple[Mapping[str, Any], list[Mapping[str, Tensor]]]:
+        numbers, tensors = super()._check_state(state)
+        missing = [key for key in ("factor_updates", "failed_bases") if key not in numbers]
+        if missing:
+            raise ValueError(f"state_dict['param_groups'][0] lacks {missing}; expected the state of an EigenAdam")
+        for name, own, saved in zip(self.view.names, self._tensors(), tensors, strict=True):
+            same_keys(f"parameter {name!r}", own, saved)
+            for key, tensor in own.items():
+                same_shape(f"parameter {name!r}: {key}", tensor, saved[key])
+        return numbers, tensors

@@ -1,0 +1,173 @@
+"""EigenAdam against Adam written out in the dense eigenbases, checkpoints and broken batches."""
+
+import copy
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from oracles.kfac import data, gradient_of, mlp, vector
+from torch import nn
+
+import natgrad as ng
+from natgrad.curvature.base import to_dense
+from natgrad.optim.settings import Periods, Subsets
+
+EVERY = Subsets(1.0, 1.0)
+
+
+def dense_bases(opt: ng.EigenAdam) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Q_G and Q_A of every layer from the averaged factors; of a diagonal factor the identity."""
+    found = {}
+    for name, block in opt._running.factors.items():
+        A, G = to_dense(block.A), to_dense(block.G)
+        diagonal = torch.equal(G, torch.diag(G.diagonal()))
+        found[name] = (torch.eye(len(G)).to(G) if diagonal else torch.linalg.eigh(G)[1], torch.linalg.eigh(A)[1])
+    return found
+
+
+def joint(model: nn.Sequential, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``[W b]`` of every layer from a vector over the parameters."""
+    found, offset = {}, 0
+    for name, layer in model.named_children():
+        if isinstance(layer, nn.Linear):
+            out, columns = layer.weight.shape
+            W, b = flat[offset : offset + out * columns].view(out, columns), flat[offset + out * columns :][:out]
+            found[name], offset = torch.cat([W, b[:, None]], dim=1), offset + out * (columns + 1)
+    return found
+
+
+@pytest.mark.parametrize("likelihood", [ng.Gaussian(), ng.Categorical()], ids=["gaussian", "categorical"])
+def test_the_update_is_adams_in_the_eigenbasis(likelihood: Any) -> None:
+    """m is the rotated mean of all gradients so far; v's entries stay where they are when the basis is renewed."""
+    model, (x, y) = mlp(5, 4, 3), data(likelihood, 5, 3)
+    periods = Periods(inverses=3, early=(1,), statistics=1)
+    opt = ng.EigenAdam(model, likelihood, lr=0.02, betas=(0.8, 0.9), eps=1e-3, warmup=4, subsets=EVERY, periods=periods)
+    mean: dict[str, torch.Tensor] = {}
+    square: dict[str, torch.Tensor] = {}
+    for k in range(1, 8):
+        before, gradients = joint(model, vector(model)), joint(model, gradient_of(model, likelihood, x, y, 0.0))
+        assert opt.step(x, y) == pytest.approx(opt.stats["loss"])
+        if k == 1 or k % 3 == 0:
+            bases = dense_bases(opt)
+        after = joint(model, vector(model))
+        for name, (QG, QA) in bases.items():
+            mean[name] = 0.8 * mean.get(name, 0.0) + 0.2 * gradients[name]
+            square[name] = 0.9 * square.get(name, 0.0) + 0.1 * (QG.T @ gradients[name] @ QA) ** 2
+            m = QG.T @ mean[name] @ QA / (1 - 0.8**k)
+            step = QG @ (m / ((square[name] / (1 - 0.9**k)).sqrt() + 1e-3)) @ QA.T
+            expected = before[name] - 0.02 * min(k / 4, 1) * step
+            torch.testing.assert_close(after[name], expected, rtol=1e-7, atol=1e-9)
+    assert len(bases) == 2 and opt.stats["updates"] == 7 and opt.stats["skipped"] == 0
+
+
+class Scaled(nn.Module):
+    """A linear layer and a parameter that no rule covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(5, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.scale
+
+
+def test_an_uncovered_parameter_takes_adams_own_step_with_decoupled_weight_decay() -> None:
+    torch.manual_seed(0)
+    model = Scaled().double()
+    model.linear.requires_grad_(False)
+    twin = copy.deepcopy(model)
+    x, y = data(ng.Gaussian(), 5, 3)
+    opt = ng.EigenAdam(model, ng.Gaussian(), lr=0.05, warmup=0, eps=1e-6, weight_decay=0.1)
+    adam = torch.optim.AdamW([twin.scale], lr=0.05, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    for _ in range(5):
+        opt.step(x, y)
+        adam.zero_grad()
+        ng.Gaussian().nll(twin(x), y).backward()
+        adam.step()
+        torch.testing.assert_close(model.scale, twin.scale, rtol=1e-10, atol=1e-12)
+
+
+def test_a_broken_batch_changes_nothing() -> None:
+    model, (x, y) = mlp(5, 4, 3), data(ng.Gaussian(), 5, 3)
+    opt, twin = ng.EigenAdam(model, ng.Gaussian()), None
+    for _ in range(3):
+        opt.step(x, y)
+    before, moments = vector(model), (opt._mean.clone(), opt._square.clone())
+    twin = copy.deepcopy(model)
+    state = opt.state_dict()
+    opt.step(x * math.nan, y)
+    assert opt.stats["skipped"] == 1 and torch.equal(vector(model), before)
+    assert torch.equal(opt._mean, moments[0]) and torch.equal(opt._square, moments[1])
+    other = ng.EigenAdam(twin, ng.Gaussian())
+    other.load_state_dict(state)
+    assert opt.step(x, y) == other.step(x, y)
+
+
+@pytest.mark.parametrize("through_a_file", [False, True])
+def test_resuming_equals_an_uninterrupted_run(through_a_file: bool) -> None:
+    likelihood, model = ng.Bernoulli(), mlp(5, 4, 3)
+    x, y = data(likelihood, 5, 3, n=40)
+    settings: dict[str, Any] = {"periods": Periods(4, (1, 2)), "subsets": Subsets(0.5, 0.5), "seed": 3}
+    opt = ng.EigenAdam(model, likelihood, **settings)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, step_size=3, gamma=0.5)
+    for _ in range(5):
+        opt.step(x, y)
+        scheduler.step()
+    assert opt.param_groups[0]["lr"] == 5e-3 / 2
+    again, state = copy.deepcopy(model), opt.state_dict()
+    if through_a_file:
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+    else:
+        state = copy.deepcopy(state)
+    losses = [float(opt.step(x, y)) for _ in range(7)]
+    resumed = ng.EigenAdam(again, likelihood, **settings)
+    resumed.load_state_dict(state)
+    assert resumed.param_groups[0]["lr"] == 5e-3 / 2
+    assert [float(resumed.step(x, y)) for _ in range(7)] == losses
+    assert torch.equal(vector(again), vector(model)) and dict(resumed.stats) == dict(opt.stats)
+    with pytest.raises(ValueError, match="parameter groups of"):
+        ng.EigenAdam(mlp(5, 4, 4, 3), likelihood).load_state_dict(state)
+    with pytest.raises(ValueError, match="shape"):
+        ng.EigenAdam(mlp(5, 6, 3), likelihood).load_state_dict(state)
+
+
+def test_it_trains_a_convolutional_network() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))
+    x = torch.randn(60, 1, 6, 6)
+    y = x.flatten(1)[:, :3].argmax(1)
+    opt = ng.EigenAdam(model, ng.Categorical(), lr=0.02)
+    first = float(opt.step(x, y))
+    for _ in range(40):
+        opt.step(x, y)
+    assert ng.Categorical().nll(model(x), y).item() < 0.1 * first
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"eps": 0.0}, "eps=0.0"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"warmup": -1}, "warmup=-1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ng.EigenAdam(mlp(3, 2), ng.Gaussian(), **settings)
+
+
+def test_it_evaluates_the_model_itself() -> None:
+    opt = ng.EigenAdam(mlp(3, 2), ng.Gaussian())
+    with pytest.raises(TypeError, match="Preconditioner"):
+        opt.step(closure=lambda: None)
+    with pytest.raises(TypeError, match="inputs are missing"):
+        opt.step()
+    opt.param_groups[0]["lr"] = 0.0
+    assert opt.step() is None
