@@ -16,6 +16,7 @@ ORDER = (
     "memory",
     "fisher-products",
     "truncated-newton",
+    "gradient-covariance",
     "operations",
     "layer-cost",
     "search",

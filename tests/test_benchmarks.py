@@ -12,6 +12,7 @@ from benchmarks import (
     convergence,
     docs,
     fisher_products,
+    gradient_covariance,
     layer_cost,
     memory,
     operations,
@@ -210,6 +211,11 @@ def test_layer_cost_in_passes_and_steps():
     assert len(well_formed(layer_cost.layer_table(found["layers"]))) == 2
     lines = well_formed(layer_cost.step_table(found["steps"]))
     assert len(lines) == 4 and [float(cell) for cell in lines[1][1:]] == [1, 1]
+
+
+def test_gradient_covariance_in_passes():
+    seconds = gradient_covariance.measure(4, (12, 6, 2))
+    assert len(well_formed(fisher_products.product_table(seconds))) == 1 + len(seconds)
 
 
 def test_fisher_products_in_passes():

@@ -1,0 +1,73 @@
+"""What a step of TONGA costs, and what inner products of gradients cost from a and g instead of written out.
+
+The MNIST autoencoder on random data, float32; CPU-seconds of one thread, in units of one forward and backward pass of
+the same batch: the least of a few measurements of each, taken in turn.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.fisher_products import product_table
+from benchmarks.measure import cpu_seconds, in_turns, positive
+from benchmarks.report import save
+from natgrad import TONGA, Bernoulli
+from natgrad.curvature.gradient_rows import LinearRows
+from natgrad.curvature.per_example import PerExampleGradients
+from natgrad.model_view import ModelView
+from natgrad_lab.models import ENCODERS, autoencoder
+
+GRADIENTS = 32  # written out: 360 MB on the MNIST network
+REPEATS = 4  # the first warms up; it can only be slower
+
+
+def measure(batch: int, encoder: tuple[int, ...] = ENCODERS["mnist"]) -> dict[str, float]:
+    """CPU-seconds by what was done."""
+    model, likelihood = autoencoder(encoder, activation="tanh", seed=0), Bernoulli()
+    x = torch.rand(batch, encoder[0], generator=torch.Generator().manual_seed(0))
+    optimizer = TONGA(model, likelihood, lr=1e-6)
+    collect = PerExampleGradients(ModelView(model))
+    few = collect(likelihood, x[:GRADIENTS], x[:GRADIENTS]).rows
+
+    def forward_backward() -> None:
+        model.zero_grad()
+        likelihood.nll(model(x), x).backward()
+
+    def written_out() -> Tensor:
+        layers = [block for block in few.blocks if isinstance(block, LinearRows)]
+        weights = [torch.einsum("nto,nti->noi", block.g, block.a).flatten(1) for block in layers]
+        rows = torch.cat([*weights, *(block.g.sum(1) for block in layers)], 1)
+        return rows @ rows.T
+
+    calls = {
+        "forward + backward": forward_backward,
+        "per-example gradients": lambda: collect(likelihood, x, x),
+        "TONGA's step": lambda: optimizer.step(x, x),
+        f"inner products of {len(few)} gradients": few.gram,
+        f"the same {len(few)} written out": written_out,
+    }
+    turns = {name: (lambda call=call: cpu_seconds(call)) for name, call in calls.items()}
+    return {name: min(values) for name, values in in_turns(turns, REPEATS).items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=positive(int), default=250, help="m (default: %(default)s)")
+
+
+def main(options: argparse.Namespace) -> None:
+    seconds = measure(options.batch_size)
+    record: dict[str, Any] = {"batch_size": options.batch_size, "seconds": seconds}
+    save(
+        "gradient-covariance",
+        "The covariance of gradients",
+        [
+            f"The MNIST autoencoder, m = {options.batch_size}, CPU-seconds of one thread. A pass is one forward and "
+            "backward pass of the same batch.",
+            product_table(seconds),
+        ],
+        record,
+        command=options.command,
+        folder=options.out,
+    )
