@@ -19,6 +19,7 @@ OPTIMIZERS = (
     "kfac-paper",
     "kfac-ekfac",
     "kfac-tridiagonal",
+    "eigen-adam",
     "hessian-free",
     "krylov",
     "natural-gradient",
