@@ -22,7 +22,7 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="paper",
-    help="Every figure and table of the source documents: list them, run one, plot its record.",
+    help="Figures and tables of the source documents: list them, run one, plot its record.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
