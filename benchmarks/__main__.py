@@ -16,39 +16,12 @@ from typing import NoReturn
 import torch
 
 from benchmarks.measure import say
+from benchmarks.names import BENCHMARKS, runs
 from benchmarks.report import RESULTS
 
+NAMES = (*BENCHMARKS, "docs")
 # The sweep is no part of `all`: it writes the settings of the baselines, which the others only read.
-ALL = (
-    ["update-cost"],
-    ["thesis-cost"],
-    ["memory"],
-    ["fisher-products"],
-    ["truncated-newton"],
-    ["gradient-covariance"],
-    ["operations"],
-    ["layer-cost"],
-    ["robustness"],
-    ["search"],
-    ["convergence", "curves"],
-    ["convergence", "mnist"],
-    ["docs"],
-)
-NAMES = (
-    "update-cost",
-    "thesis-cost",
-    "convergence",
-    "robustness",
-    "memory",
-    "fisher-products",
-    "truncated-newton",
-    "gradient-covariance",
-    "operations",
-    "layer-cost",
-    "search",
-    "sweep",
-    "docs",
-)
+ALL = (*(words for name in BENCHMARKS if name != "sweep" for words in runs(name)), ["docs"])
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,31 +4,17 @@ import argparse
 from pathlib import Path
 
 from benchmarks.measure import ROOT
+from benchmarks.names import results
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 INTRODUCTION = ROOT / "benchmarks" / "introduction.md"
-ORDER = (
-    "update-cost",
-    "thesis-cost",
-    "convergence-curves",
-    "convergence-mnist",
-    "robustness",
-    "memory",
-    "fisher-products",
-    "truncated-newton",
-    "gradient-covariance",
-    "operations",
-    "layer-cost",
-    "search",
-    "sweep",
-)
 
 
-def assemble(results: Path) -> str:
+def assemble(folder: Path) -> str:
     """The introduction, then what each benchmark has written, or that it has not been run."""
     parts = [INTRODUCTION.read_text(encoding="utf-8").strip()]
-    for name in ORDER:
-        file = results / f"{name}.md"
+    for name in results():
+        file = folder / f"{name}.md"
         parts.append(file.read_text(encoding="utf-8").strip() if file.exists() else f"## {name}\n\nNot measured yet.")
     return "\n\n".join(parts) + "\n"
 

@@ -52,18 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive(int), default=1000, help="m (default: %(default)s)")
 
 
-def main(options: argparse.Namespace) -> None:
-    seconds = measure(options.batch_size)
-    record: dict[str, Any] = {"batch_size": options.batch_size, "seconds": seconds}
-    save(
-        "fisher-products",
-        "Products with the exact Fisher",
-        [
-            f"The MNIST autoencoder, m = {options.batch_size}, CPU-seconds of one thread. A pass is one forward and "
-            "backward pass of the same batch.",
-            product_table(seconds),
-        ],
-        record,
-        command=options.command,
-        folder=options.out,
+def save_products(name: str, title: str, seconds: dict[str, float], options: argparse.Namespace) -> None:
+    """Write a table of seconds and passes on the MNIST autoencoder."""
+    batch = options.batch_size
+    introduction = (
+        f"The MNIST autoencoder, m = {batch}, CPU-seconds of one thread. A pass is one forward and backward pass of "
+        "the same batch."
     )
+    record: dict[str, Any] = {"batch_size": batch, "seconds": seconds}
+    parts = [introduction, product_table(seconds)]
+    save(name, title, parts, record, command=options.command, folder=options.out)
+
+
+def main(options: argparse.Namespace) -> None:
+    save_products("fisher-products", "Products with the exact Fisher", measure(options.batch_size), options)

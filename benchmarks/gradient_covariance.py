@@ -5,14 +5,12 @@ the same batch: the least of a few measurements of each, taken in turn.
 """
 
 import argparse
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.fisher_products import product_table
+from benchmarks.fisher_products import save_products
 from benchmarks.measure import cpu_seconds, in_turns, positive
-from benchmarks.report import save
 from natgrad import TONGA, Bernoulli
 from natgrad.curvature.gradient_rows import LinearRows
 from natgrad.curvature.per_example import PerExampleGradients
@@ -57,17 +55,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    seconds = measure(options.batch_size)
-    record: dict[str, Any] = {"batch_size": options.batch_size, "seconds": seconds}
-    save(
-        "gradient-covariance",
-        "The covariance of gradients",
-        [
-            f"The MNIST autoencoder, m = {options.batch_size}, CPU-seconds of one thread. A pass is one forward and "
-            "backward pass of the same batch.",
-            product_table(seconds),
-        ],
-        record,
-        command=options.command,
-        folder=options.out,
-    )
+    save_products("gradient-covariance", "The covariance of gradients", measure(options.batch_size), options)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab.tiny import tiny_task
+from lab.tiny import load_tiny
 
 import natgrad
 from natgrad_lab import cli
@@ -19,12 +19,7 @@ from natgrad_lab.checkpoint import NAME, PREVIOUS
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The tiny task in place of CURVES, and a folder of its own to write to."""
 
-    def load(*arguments: Any) -> Any:
-        task = tiny_task()
-        task.name = "curves"
-        return task
-
-    monkeypatch.setattr(cli, "load", load)
+    monkeypatch.setattr(cli, "load", load_tiny)
     monkeypatch.chdir(tmp_path)
 
 

@@ -47,6 +47,13 @@ def tiny_task(train: int = 90, test: int = 30) -> TinyTask:
     return TinyTask(pixels[:train], pixels[train:])
 
 
+def load_tiny(*arguments: Any) -> TinyTask:
+    """In place of a command's `load`: the tiny task under the name of CURVES."""
+    task = tiny_task()
+    task.name = "curves"
+    return task
+
+
 def competitor(name: str, task: Any, model: nn.Module, step: Any, batch_size: int = 10) -> Competitor:
     """A competitor whose update is `step(x, y)`, for tests that want it to misbehave."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -132,7 +132,7 @@ class Evaluator:
         first = True
         for inputs, targets in batches:
             for part in self._passes(inputs, targets, subsets, generator, held_out):
-                part.sampled *= observe
+                part = part if observe else replace(part, sampled=0)
                 self._take(part, found, examples, generator, keep_rows=keep_rows, first=first)
                 first = False
                 del part  # and what it holds, before the next pass is made

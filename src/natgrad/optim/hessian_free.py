@@ -11,23 +11,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.curvature.per_example import PerExampleGradients
 from natgrad.damping_rules import LevenbergMarquardt
 from natgrad.likelihoods import Likelihood
 from natgrad.linalg import Solution, cg, geometric_indices
 from natgrad.model_view import Forward
 from natgrad.operators.damped import DampedSum
-from natgrad.operators.gradient_moments import check_examples_apart
 from natgrad.optim.batches import share_of
-from natgrad.optim.inner_solve import DiagonalPreconditioner, InnerSolve, LineSearch
-from natgrad.optim.newton import Evaluated, NewtonModel
-from natgrad.optim.objective import Curvature, Objective, curvature_name
-from natgrad.optim.stats import Stats
-from natgrad.optim.whole_model import WholeModelOptimizer
+from natgrad.optim.curvature_step import Batches, CurvatureStepOptimizer
+from natgrad.optim.inner_solve import InnerSolve, LineSearch
+from natgrad.optim.newton import Evaluated
+from natgrad.optim.objective import Curvature, Objective
 from natgrad.quadratic import reduction_ratio
 
 
-class HessianFree(WholeModelOptimizer):
+class HessianFree(CurvatureStepOptimizer):
     r"""Steps ``lr α δ`` with ``δ ≈ −(G + (λ + η) I)^{-1} ∇h`` by conjugate gradients (Martens 2010).
 
     ``h`` is the mean loss plus ``η/2 ‖θ‖²``. The solver starts from the step before and stops where the quadratic model
@@ -77,26 +74,24 @@ class HessianFree(WholeModelOptimizer):
         seed: int = 0,
         forward: Forward | None = None,
     ) -> None:
-        self._kind = curvature_name(curvature)
         if damping is not None and not 0 <= damping < math.inf:
             raise ValueError(f"damping={damping}: λ must be a non-negative number, or None for the first batch's")
         if not 0 < start < math.inf:
             raise ValueError(f"start={start}: expected a positive number, the part of the first curvature that is λ")
-        if not 0 <= l2 < math.inf:
-            raise ValueError(f"l2={l2}: expected a non-negative number")
-        if not 0 < share <= 1:
-            raise ValueError(f"share={share}: expected a number above 0 and up to 1")
-        super().__init__(model, likelihood, lr=lr, seed=seed, forward=forward)
-        self._newton = NewtonModel(self.view, likelihood, self._validate)
-        self.start, self.rule, self.l2, self.share = start, rule, l2, share
-        self.solve, self.search = solve, search
-        self._collect = PerExampleGradients(self.view) if solve.exponent else None
+        super().__init__(
+            model,
+            likelihood,
+            lr=lr,
+            curvature=curvature,
+            share=share,
+            l2=l2,
+            exponent=solve.exponent,
+            without="InnerSolve(exponent=0)",
+            seed=seed,
+            forward=forward,
+        )
+        self.start, self.rule, self.solve, self.search = start, rule, solve, search
         self._lam = self._scalar(math.nan if damping is None else damping)
-        self._previous = torch.zeros(self.view.num_parameters, dtype=self.view.dtype, device=self.view.device)
-        self._counts["rejected"] = self._scalar()
-
-    def _vectors(self) -> dict[str, Tensor]:
-        return {"previous": self._previous}
 
     def _numbers(self) -> dict[str, Tensor]:
         return {"lambda": self._lam}
@@ -129,35 +124,14 @@ class HessianFree(WholeModelOptimizer):
             TypeError: a closure is given.
             ValueError: inputs or targets that do not fit.
         """
-        batches = self._batches(inputs, targets, micro_batch_size, closure)
-        if batches is None:
-            return None
-        other = None if curvature_batch is None else self._batches(*curvature_batch, micro_batch_size, None)
-        if self._collect is not None:
-            check_examples_apart(
-                self.view, "the preconditioner of single gradients (InnerSolve(exponent=0) does without)"
-            )
-        buffers = self._buffers()
-        batch = self._newton.evaluate(batches)
-        self._count_step(batch.finite, buffers)
-        report: dict[str, Any] = {"loss": batch.loss, "accepted": False, "reason": "non_finite", "step_norm": 0.0}
-        if bool(batch.finite):
-            objective = Objective(self._newton, batch.parts, self.l2)
-            objective.add_penalty_(batch.gradient)
-            chosen = other or share_of(batches, self.share, self._generator)[0]
-            report["reason"] = "zero_gradient"
-            if bool(batch.gradient.any()):
-                report |= self._update(objective, batch, chosen, other is None and self.share == 1)
-        counts = {name: count.clone() for name, count in self._counts.items()}
-        self.stats = Stats({**report, "lambda": self._lam.clone(), **counts, "updates": self._update_number})
-        return batch.loss.to(self.view.dtype)
+        return self._evaluate_and_update(inputs, targets, micro_batch_size, closure, curvature_batch)
 
     def _update(
-        self, objective: Objective, batch: Evaluated, chosen: list[tuple[Any, Any]], same: bool
+        self, objective: Objective, batch: Evaluated, batches: Batches, second: Batches | None
     ) -> dict[str, Any]:
-        """From the gradient to new parameters and λ; returns what there is to report. ``same``: G is of the batch."""
         gradient, before = batch.gradient, batch.loss + objective.penalty()
-        parts = batch.parts if same else self._newton.parts(chosen)
+        chosen = second or share_of(batches, self.share, self._generator)[0]
+        parts = batch.parts if second is None and self.share == 1 else self._newton.parts(chosen)
         if self._lam.isnan():
             undamped = self._newton.curvature(parts, 0.0, self._kind)
             along = torch.dot(gradient, undamped @ gradient) / torch.dot(gradient, gradient)
@@ -194,15 +168,13 @@ class HessianFree(WholeModelOptimizer):
             "accepted": accepted,
         }
 
-    def _solved(self, damped: DampedSum, gradient: Float[Tensor, " P"], chosen: list[tuple[Any, Any]]) -> Solution:
+    def _solved(self, damped: DampedSum, gradient: Float[Tensor, " P"], chosen: Batches) -> Solution:
         """The solver's answer to ``(G + (λ + η) I) δ = −∇h``."""
         settings = self.solve
-        preconditioner = None
-        if self._collect is not None:
-            with self.view.snapshot():
-                diagonal = DiagonalPreconditioner(self._collect, self.likelihood, chosen)
-            floor = torch.clamp(self._lam + self.l2, min=torch.finfo(gradient.dtype).eps * diagonal.diagonal.max())
-            preconditioner = diagonal.inverse(floor, settings.exponent)
+
+        def floor(largest: Tensor) -> Tensor:
+            return torch.clamp(self._lam + self.l2, min=torch.finfo(gradient.dtype).eps * largest)
+
         x0 = None
         if settings.warm_start and bool(self._previous.any()):
             x0 = self._previous * settings.warm_start
@@ -211,7 +183,7 @@ class HessianFree(WholeModelOptimizer):
             -gradient,
             tol=1e-10 if gradient.dtype == torch.float64 else 1e-6,
             max_iters=settings.max_iters,
-            preconditioner=preconditioner,
+            preconditioner=self._diagonal_preconditioner(chosen, floor),
             x0=x0,
             stop=() if settings.progress is None else settings.progress,
             store=() if settings.store is None else geometric_indices(settings.max_iters, settings.store),

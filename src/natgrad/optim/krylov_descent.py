@@ -12,17 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.curvature.per_example import PerExampleGradients
 from natgrad.likelihoods import Likelihood
 from natgrad.linalg.krylov_basis import krylov_basis
 from natgrad.model_view import Forward
-from natgrad.operators.gradient_moments import check_examples_apart
 from natgrad.optim.batches import share_of
-from natgrad.optim.inner_solve import DiagonalPreconditioner
-from natgrad.optim.newton import Evaluated, NewtonModel
-from natgrad.optim.objective import Curvature, Objective, curvature_name
-from natgrad.optim.stats import Stats
-from natgrad.optim.whole_model import WholeModelOptimizer
+from natgrad.optim.curvature_step import Batches, CurvatureStepOptimizer
+from natgrad.optim.newton import Evaluated
+from natgrad.optim.objective import Curvature, Objective
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class SubspaceSearch:
             raise ValueError(f"{self}: expected an exponent from 0 to 1 and a floor between 0 and 1, such as 1e-4")
 
 
-class KrylovDescent(WholeModelOptimizer):
+class KrylovDescent(CurvatureStepOptimizer):
     r"""Steps ``lr δ`` where δ minimises h on other examples, within ``span{g, G g, …, G^{k−1} g, δ₀}``.
 
     g is the gradient of the batch, G the Gauss-Newton matrix or the metric on a share of it, δ₀ the step before. The
@@ -94,20 +90,19 @@ class KrylovDescent(WholeModelOptimizer):
         seed: int = 0,
         forward: Forward | None = None,
     ) -> None:
-        self._kind = curvature_name(curvature)
-        if not 0 < share <= 1:
-            raise ValueError(f"share={share}: expected a number above 0 and up to 1")
-        if not 0 <= l2 < math.inf:
-            raise ValueError(f"l2={l2}: expected a non-negative number")
-        super().__init__(model, likelihood, lr=lr, seed=seed, forward=forward)
-        self.share, self.l2, self.search = share, l2, search
-        self._newton = NewtonModel(self.view, likelihood, self._validate)
-        self._collect = PerExampleGradients(self.view) if search.exponent else None
-        self._previous = torch.zeros(self.view.num_parameters, dtype=self.view.dtype, device=self.view.device)
-        self._counts["rejected"] = self._scalar()
-
-    def _vectors(self) -> dict[str, Tensor]:
-        return {"previous": self._previous}
+        super().__init__(
+            model,
+            likelihood,
+            lr=lr,
+            curvature=curvature,
+            share=share,
+            l2=l2,
+            exponent=search.exponent,
+            without="SubspaceSearch(exponent=0)",
+            seed=seed,
+            forward=forward,
+        )
+        self.search = search
 
     @torch.no_grad()
     def step(  # pyrefly: ignore[bad-override] - evaluates the model itself
@@ -137,41 +132,21 @@ class KrylovDescent(WholeModelOptimizer):
             TypeError: a closure is given.
             ValueError: inputs or targets that do not fit.
         """
-        batches = self._batches(inputs, targets, micro_batch_size, closure)
-        if batches is None:
-            return None
-        second = None if search_batch is None else self._batches(*search_batch, micro_batch_size, None)
-        if self._collect is not None:
-            check_examples_apart(
-                self.view, "the preconditioner of single gradients (SubspaceSearch(exponent=0) does without)"
-            )
-        buffers = self._buffers()
-        batch = self._newton.evaluate(batches)
-        self._count_step(batch.finite, buffers)
-        report: dict[str, Any] = {"loss": batch.loss, "accepted": False, "reason": "non_finite", "step_norm": 0.0}
-        if bool(batch.finite):
-            Objective(self._newton, batch.parts, self.l2).add_penalty_(batch.gradient)
-            report["reason"] = "zero_gradient"
-            if bool(batch.gradient.any()):
-                report |= self._update(batch, batches, second)
-        counts = {name: count.clone() for name, count in self._counts.items()}
-        self.stats = Stats({**report, **counts, "updates": self._update_number})
-        return batch.loss.to(self.view.dtype)
+        return self._evaluate_and_update(inputs, targets, micro_batch_size, closure, search_batch)
 
     def _update(
-        self, batch: Evaluated, batches: list[tuple[Any, Any]], second: list[tuple[Any, Any]] | None
+        self, objective: Objective, batch: Evaluated, batches: Batches, second: Batches | None
     ) -> dict[str, Any]:
-        """From the gradient to new parameters; returns what there is to report."""
         gradient = batch.gradient
         chosen, others = share_of(batches, self.share, self._generator)
         parts = self._newton.parts(chosen) if others else batch.parts
         G = self._newton.curvature(parts, self.l2, self._kind)
-        settings, preconditioner = self.search, None
-        if self._collect is not None:
-            with self.view.snapshot():
-                diagonal = DiagonalPreconditioner(self._collect, self.likelihood, chosen)
-            floor = settings.floor * diagonal.diagonal.max() + self.l2 + torch.finfo(gradient.dtype).tiny
-            preconditioner = diagonal.inverse(floor, settings.exponent)
+        settings = self.search
+
+        def floor(largest: Tensor) -> Tensor:
+            return settings.floor * largest + self.l2 + torch.finfo(gradient.dtype).tiny
+
+        preconditioner = self._diagonal_preconditioner(chosen, floor)
         extra = self._previous if bool(self._previous.any()) else None
         basis = krylov_basis(lambda v: G @ v, gradient, settings.size, preconditioner, extra)
         if not bool(torch.isfinite(basis.matrix).all()):
@@ -179,8 +154,8 @@ class KrylovDescent(WholeModelOptimizer):
             self._previous.zero_()
             return {"reason": "non_finite_products", "dimension": 0, "evaluations": 0, "reduction": 0.0}
         directions = basis.whitened(settings.floor)
-        searched = self._newton.parts(second or others) if second or others else batch.parts
-        objective = Objective(self._newton, searched, self.l2)
+        if second or others:
+            objective = Objective(self._newton, self._newton.parts(second or others), self.l2)
         coordinates, values = self._minimise(objective, directions)
         step = directions @ coordinates.to(directions.dtype)
         reduction = values[0] - min(values) if math.isfinite(values[0]) else 0.0

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 import optuna
 import pytest
-from lab.tiny import tiny_task
+from lab.tiny import load_tiny, tiny_task
 from optuna.trial import TrialState
 
 from natgrad_lab import cli, cli_search, optimizers
@@ -29,12 +29,7 @@ SHORT = ["--updates", "3", "--optimizer", "sgd"]
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The tiny task in place of CURVES, a folder of its own to write to, and no pictures: they take seconds."""
 
-    def load(*arguments: Any) -> Any:
-        task = tiny_task()
-        task.name = "curves"
-        return task
-
-    monkeypatch.setattr(cli_search, "load", load)
+    monkeypatch.setattr(cli_search, "load", load_tiny)
     monkeypatch.setattr(report, "_plots", lambda study: [])
     monkeypatch.chdir(tmp_path)
 
