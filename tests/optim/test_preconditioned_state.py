@@ -79,3 +79,13 @@ def test_states_that_do_not_fit_change_nothing() -> None:
         for i, saved in before["state"].items():
             assert all(torch.equal(value, now["state"][i][key]) for key, value in saved.items())
         assert now["param_groups"] == before["param_groups"]
+
+
+def test_saving_leaves_the_inner_state_alone_and_saves_anew() -> None:
+    model, optimizer = make("AdamW")
+    keys = {"step", "exp_avg", "exp_avg_sq"}
+    for steps in (12, 24):
+        train(model, optimizer, optimizer.pre, 1)
+        saved = optimizer.state_dict()
+        assert {int(state["natgrad.steps"]) for state in saved["state"].values()} == {steps}
+        assert all(set(state) == keys for state in optimizer.inner.state.values())

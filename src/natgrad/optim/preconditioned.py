@@ -122,7 +122,8 @@ class Preconditioned(torch.optim.Optimizer):
         own = self.pre.state_dict()
         layers = own.pop("layers")
         index = self._indices()
-        state = packed["state"] = {i: dict(packed["state"].get(i, {})) for i in index.values()} | packed["state"]
+        # Copies: the inner optimiser's state dict refers to its own dictionaries.
+        state = packed["state"] = packed["state"] | {i: dict(packed["state"].get(i, {})) for i in index.values()}
         anchors = self._anchors()
         for name, tensors in layers.items():
             state[index[anchors[name]]].update({_PREFIX + key: value for key, value in tensors.items()})
