@@ -33,7 +33,7 @@ from natgrad.optim.newton import KrylovSolver
 from natgrad.optim.preconditioned import Preconditioned
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.prong import PRONG
-from natgrad.optim.scaling import KLClip
+from natgrad.optim.scaling import Grafting, KLClip
 from natgrad.optim.settings import Damping, Periods, Renewal, StepGuard, Subsets
 from natgrad.optim.tonga import TONGA
 
@@ -56,6 +56,7 @@ __all__ = [
     "GaussNewton",
     "Gaussian",
     "GradientCovariance",
+    "Grafting",
     "GreedyGamma",
     "Hessian",
     "HessianFree",

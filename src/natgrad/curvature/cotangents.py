@@ -41,11 +41,16 @@ def check_expectation(likelihood: Likelihood, expectation: str, targets: Any, sa
 
 
 def validate_targets(likelihood: Likelihood, z: Tensor, targets: Any) -> None:
-    """Refuse impossible targets: the likelihood's cheap checks everywhere, those that read values on the CPU.
+    """Refuse an output that does not fit, and impossible targets.
+
+    The likelihood's cheap checks are made everywhere, those that read values on the CPU.
 
     Raises:
-        ValueError: as the likelihood's ``check`` and ``validate``.
+        ValueError: as the likelihood's ``check_output``, ``check`` and ``validate``.
     """
+    fits = getattr(likelihood, "check_output", None)
+    if fits is not None:
+        fits(z)
     check = getattr(likelihood, "validate" if z.device.type == "cpu" else "check", None)
     if targets is not None and check is not None:
         check(z, targets)

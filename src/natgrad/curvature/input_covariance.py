@@ -34,7 +34,9 @@ def collect_inputs(
 def input_statistics(record: Record, batch: int) -> Statistics:
     """The same from a recorded forward pass of so many examples."""
     uses = record.uses
-    sums = {name: input_sums(block, uses.get(name, []), batch) for name, block in record.blocks.items()}
+    device = next((calls[0].input.device.type for calls in uses.values()), "cpu")
+    with torch.autocast(device, enabled=False):
+        sums = {name: input_sums(block, uses.get(name, []), batch) for name, block in record.blocks.items()}
     layers = {name: LayerSums(s.A, s.A.new_ones(s.G.shape[0]) * s.rows, s.rows) for name, s in sums.items()}
     return Statistics(layers, float(batch), float(batch))
 

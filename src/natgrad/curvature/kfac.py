@@ -72,20 +72,21 @@ def collect(
             z = view(x)
         check_captured(record, z)
         validate_targets(likelihood, z.detach(), y)
-        return statistics_from(
-            record,
-            z,
-            likelihood,
-            targets=y,
-            weight=weight,
-            expectation=expectation,
-            samples=samples,
-            generator=generator,
-            diagonal_output=diagonal_output,
-            bases=bases,
-            order=record.chain_order(z) if chain else (),
-            coupled=couples_examples(view.module),
-        )
+        with torch.autocast(z.device.type, enabled=False):
+            return statistics_from(
+                record,
+                z,
+                likelihood,
+                targets=y,
+                weight=weight,
+                expectation=expectation,
+                samples=samples,
+                generator=generator,
+                diagonal_output=diagonal_output,
+                bases=bases,
+                order=record.chain_order(z) if chain else (),
+                coupled=couples_examples(view.module),
+            )
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from natgrad.layers.graph import graph_of, uses_reentrant_checkpoint
 from natgrad.layers.hooks import LayerHook, around_attention, foreign_hooks
 from natgrad.layers.linear import LinearRule
 from natgrad.layers.order import chain_of
@@ -82,6 +83,11 @@ class Record:
     def calls(self) -> dict[str, int]:
         """How often each layer was called."""
         return {name: len(calls) for name, calls in self._calls.items()}
+
+    @property
+    def edges(self) -> dict[str, list[GradientEdge | None]]:
+        """Where in the graph the outputs of each layer's calls are; None for one that requires no gradient."""
+        return {name: [call.edge for call in calls] for name, calls in self._calls.items()}
 
     def source(self, z: Tensor) -> str | None:
         """The name of the layer whose only call returned exactly z, or None."""
@@ -157,7 +163,7 @@ class Record:
         Raises:
             RuntimeError: a layer ran inside reentrant activation checkpointing; it is named.
         """
-        if self._untracked and _uses_reentrant_checkpoint(z):
+        if self._untracked and uses_reentrant_checkpoint(z):
             raise RuntimeError(
                 f"{', '.join(sorted(self._untracked))}: called inside torch.utils.checkpoint with use_reentrant=True, "
                 "which hides the layer's output from the graph; pass use_reentrant=False to checkpoint()"
@@ -173,12 +179,14 @@ class Record:
             if self._calls[name]
             for key, p in block.parameters.items()
         }
-        counts = Counter(leaves[parent] for node in _graph(z) for parent, _ in node.next_functions if parent in leaves)
+        counts = Counter(
+            leaves[parent] for node in graph_of(z.grad_fn) for parent, _ in node.next_functions if parent in leaves
+        )
         return {name: key for (name, key), uses in counts.items() if uses > len(self._calls[name])}
 
     def take(self, z: Tensor) -> "Record":
         """The calls that z depends on, as a record of their own; they leave this one."""
-        taken, graph = Record(self.blocks), _graph(z)
+        taken, graph = Record(self.blocks), graph_of(z.grad_fn)
         for name, calls in self._calls.items():
             taken._calls[name] = [call for call in calls if call.edge is not None and call.edge.node in graph]
             self._calls[name] = [call for call in calls if call.edge is None or call.edge.node not in graph]
@@ -327,20 +335,3 @@ def _or_zeros(g: Tensor | None, call: _Call, batch: Sequence[int]) -> Tensor:
         return g
     shape, dtype, device = call.output
     return torch.zeros((*batch, *shape), dtype=dtype, device=device)
-
-
-def _uses_reentrant_checkpoint(z: Tensor) -> bool:
-    """Whether the graph of z holds a reentrant checkpoint, under which layers run without a graph of their own."""
-    return any(node.name() == "CheckpointFunctionBackward" for node in _graph(z))
-
-
-def _graph(z: Tensor) -> set[Any]:
-    """The nodes of the graph that computed z."""
-    seen: set[Any] = set()
-    todo = [z.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo.extend(parent for parent, _ in node.next_functions)
-    return seen

@@ -1,7 +1,7 @@
 """Which layers get factors, and which trainable parameters no factor covers."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -14,6 +14,8 @@ from natgrad.layers.rules import Block, LayerRule, check_sharing
 from natgrad.model_view import ModelView, clean_name
 
 Uncovered = Literal["error", "identity", "diagonal"]
+
+EXCLUDED = "excluded"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Coverage:
         for name, block in self.blocks.items():
             count = sum(self.sizes[member] for member in block.members.values())
             rows.append((name or "(model)", block.describe(), count))
-        rows += [(name, f"{self.treatment} ({reason})", self.sizes[name]) for name, reason in self.reasons.items()]
+        for name, reason in self.reasons.items():
+            treatment = "identity" if reason == EXCLUDED else self.treatment
+            rows.append((name, f"{treatment} ({reason})", self.sizes[name]))
         covered = sum(count for _, _, count in rows[: len(self.blocks)])
         rows.append(("total", f"{covered} covered, {sum(self.sizes.values()) - covered} not", sum(self.sizes.values())))
         widths = [max(len(str(row[i])) for row in rows) for i in range(3)]
@@ -60,6 +64,7 @@ def cover(
     uncovered: Uncovered = "error",
     structure: str = "block_diagonal",
     sharing: str | Mapping[str, str] = "expand",
+    exclude: Collection[str] = (),
 ) -> Coverage:
     """Find the layers that have rules, and the parameters that no rule covers.
 
@@ -74,10 +79,12 @@ def cover(
         uncovered: what happens to trainable parameters that no factor covers.
         structure: of the curvature; ``"layerwise"`` for methods that treat each ``nn.Linear`` by itself.
         sharing: how positions count, ``"expand"`` or ``"reduce"``; or a mapping from layer names (others expand).
+        exclude: names of modules (with all inside them), layers or bare parameters that are left uncovered on purpose.
 
     Raises:
-        ValueError: an unknown ``uncovered`` or ``sharing``; or ``uncovered`` is ``"error"`` and a parameter is not
-            covered (each is named).
+        TypeError: ``exclude`` is one string.
+        ValueError: an unknown ``uncovered`` or ``sharing``, a name in ``exclude`` that nothing has; or ``uncovered`` is
+            ``"error"`` and a parameter is not covered (each is named).
     """
     if uncovered not in get_args(Uncovered):
         raise ValueError(f"uncovered={uncovered!r}: expected one of {', '.join(map(repr, get_args(Uncovered)))}")
@@ -98,10 +105,13 @@ def cover(
             continue
         for p in own.values():
             reasons.setdefault(name_of[id(p)], reason or type(module).__name__)
+    for name in _excluded(exclude, blocks, reasons):
+        reasons |= dict.fromkeys(blocks.pop(name).members.values() if name in blocks else [name], EXCLUDED)
     covered = {member for block in blocks.values() for member in block.members.values()}
     ordered = {name: reasons[name] for name in parameters if name in reasons and name not in covered}
-    if ordered and uncovered == "error":
-        named = ", ".join(f"{name} ({reason})" for name, reason in ordered.items())
+    unwanted = {name: reason for name, reason in ordered.items() if reason != EXCLUDED}
+    if unwanted and uncovered == "error":
+        named = ", ".join(f"{name} ({reason})" for name, reason in unwanted.items())
         raise ValueError(
             f"no factor covers {named}; freeze them with requires_grad_(False), pass uncovered='identity' or "
             "uncovered='diagonal' to say how they are treated, or give their kind a rule with natgrad.register_layer"
@@ -209,6 +219,25 @@ class _Finder:
     def _parameters_alike(self, one: nn.Module, two: nn.Module) -> bool:
         a, b = _own_parameters(one), _own_parameters(two)
         return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+
+
+def _excluded(exclude: Collection[str], blocks: Mapping[str, Block], reasons: Mapping[str, str]) -> list[str]:
+    """The blocks and the uncovered parameters that are, or are inside, what somebody named."""
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude={exclude!r}: expected a collection of names, such as [{exclude!r}]")
+    found: dict[str, None] = {}
+    for wanted in exclude:
+        inside = [n for n in (*blocks, *reasons) if n == wanted or n.startswith(f"{wanted}.")]
+        if not inside:
+            joint = next((n for n, block in blocks.items() if wanted in block.members.values()), None)
+            reason = (
+                "no layer or trainable parameter has that name"
+                if joint is None
+                else (f"it is part of the block of {joint!r}, which is excluded as a whole or not at all")
+            )
+            raise ValueError(f"exclude: {wanted!r}: {reason}; there are {[*blocks, *reasons]}")
+        found |= dict.fromkeys(inside)
+    return list(found)
 
 
 def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

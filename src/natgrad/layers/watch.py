@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.layers.capture import Capture, Record
+from natgrad.layers.graph import graph_of
 
 # Forward passes kept in training mode until someone asks for them: losses of several passes stay possible.
 _KEPT = 8
@@ -61,7 +62,7 @@ class Watch:
         """The calls that z was computed by, and no others; they are handed out once.
 
         Raises:
-            ValueError: z has no graph.
+            ValueError: z has no graph, or a layer was applied to what was computed from it.
             RuntimeError: no recorded pass contributed to z, or a layer ran inside reentrant checkpointing.
         """
         if not z.requires_grad:
@@ -70,7 +71,10 @@ class Watch:
             )
         taken = Record(self._capture.blocks)
         for record in self._passes:
-            taken.extend(record.take(z))
+            found = record.take(z)
+            if any(found.calls.values()):
+                _refuse_intermediate(z, record)
+            taken.extend(found)
         taken.refuse_hidden(z)
         self._passes = [record for record in self._passes if any(record.calls.values())]
         if not any(taken.calls.values()):
@@ -141,6 +145,21 @@ class _End(_Hook):
         watch = self.watch(module)
         if watch is not None:
             watch._end(completed=output is not None)
+
+
+def _refuse_intermediate(z: Tensor, rest: Record) -> None:
+    """Refuse a z in the middle of a model, behind which layers would have no curvature.
+
+    Args:
+        z: what was given as the model's output.
+        rest: the calls of the same pass that z does not depend on.
+    """
+    for name, edges in rest.edges.items():
+        if any(edge is not None and z.grad_fn in graph_of(edge.node) for edge in edges):
+            raise ValueError(
+                f"z is not the output of the model: layer {name!r} was applied to what was computed from it; pass what "
+                "the loss is computed from"
+            )
 
 
 def _transformed() -> bool:

@@ -21,7 +21,7 @@ class Likelihood(Protocol):
 
     Optional, looked up by name: ``needs_targets`` (the curvature depends on y), ``curvature_weight(z, y, weight)``
     (what multiplies F_R, broadcastable to z), ``fisher_diagonal(z)``, ``score(z, y)``, ``to_mean(z)``,
-    ``mean_fisher_product(p, v)`` and ``validate(z, y)``.
+    ``mean_fisher_product(p, v)``, ``check_output(z)`` and ``validate(z, y)``.
     """
 
     def nll(self, z: Tensor, y: Any, *, weight: Tensor | None = None, count: Any = None) -> Tensor:
@@ -155,6 +155,13 @@ class Normalised(ABC):
     def fisher_diagonal(self, z: Tensor) -> Tensor | None:
         """The diagonal of F_R(z), shaped like z, where that matrix is diagonal; None otherwise."""
         return None
+
+    def check_output(self, z: Tensor) -> None:
+        """Refuse an output z that no targets of this likelihood would fit; costs nothing."""
+        if z.ndim == 0 or z.shape[0] == 0:
+            raise ValueError(f"z: the batch is empty or has no batch dimension (shape {tuple(z.shape)})")
+        if not z.is_floating_point():
+            raise ValueError(f"z: {type(self).__name__} expects real numbers, got {z.dtype}")
 
     def check(self, z: Tensor, y: Any) -> None:
         """Refuse targets of the wrong type, shape, dtype or device; costs nothing and never waits for the device."""

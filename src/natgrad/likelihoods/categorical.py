@@ -137,9 +137,9 @@ class Categorical(Normalised):
         of_target = classes[y.clamp(min=0, max=len(classes) - 1)]
         return kept * ((1 - self.label_smoothing) * of_target + self.label_smoothing * classes.mean())
 
-    def check(self, z: Tensor, y: Any) -> None:
-        """Integer targets shaped like z without its class dimension, or probabilities shaped like z."""
-        check_pair("Categorical", z, y)
+    def check_output(self, z: Tensor) -> None:
+        """Examples first, and classes in a dimension of their own, as many as there are class weights."""
+        super().check_output(z)
         if z.ndim < 2:
             raise ValueError(f"z: Categorical expects [batch, ..., classes], got shape {tuple(z.shape)}")
         if not -z.ndim < self.class_dim < z.ndim:
@@ -152,6 +152,11 @@ class Categorical(Normalised):
                 f"class_weight: expected shape ({classes},), one factor per class in z; "
                 f"got {tuple(self.class_weight.shape)}"
             )
+
+    def check(self, z: Tensor, y: Any) -> None:
+        """Integer targets shaped like z without its class dimension, or probabilities shaped like z."""
+        check_pair("Categorical", z, y)
+        self.check_output(z)
         if y.is_floating_point() and y.shape == z.shape:
             if self.ignore_index >= 0:
                 raise ValueError("targets: ignore_index is for integer classes; got probabilities")

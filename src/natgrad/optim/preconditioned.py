@@ -170,7 +170,7 @@ class Preconditioned(torch.optim.Optimizer):
             layers[name] = _split(state.get(saved_key[anchor], {}))
         own["layers"] = layers
         first = next(iter(layers.values()))
-        own.update({key: first.pop(key) for key in ("skipped", "updates", "generator") if key in first})
+        own.update({key: first.pop(key) for key in ("skipped", "nonfinite", "updates", "generator") if key in first})
         for value in state.values():
             _split(value)
         for layer in layers.values():

@@ -1,19 +1,20 @@
 """Kronecker-factored curvature in front of any ``torch.optim`` optimiser."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.curvature.base import Statistics, diagonal, factors_from
+from natgrad.curvature.base import diagonal, factors_from
 from natgrad.curvature.cotangents import Expectation, check_expectation, validate_targets
 from natgrad.curvature.input_covariance import collect_inputs, input_statistics
 from natgrad.curvature.kfac import check_captured, collect, statistics_from
+from natgrad.curvature.loss_statistics import LossStatistics
 from natgrad.curvature.running import RunningFactors
 from natgrad.curvature.uncovered import couples_examples
-from natgrad.damping import check_damping
+from natgrad.distributed import collectives
 from natgrad.layers.bare import BareRule
 from natgrad.layers.capture import Capture
 from natgrad.layers.coverage import Coverage, cover
@@ -24,10 +25,17 @@ from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim import preconditioner_state
 from natgrad.optim.input_inverses import InputInverses
 from natgrad.optim.inverses import Tikhonov
-from natgrad.optim.scaling import KLClip
+from natgrad.optim.preconditioner_checks import Unchanged, check_output
+from natgrad.optim.preconditioner_gradients import Proposal, gradient_of, replace_gradients
+from natgrad.optim.preconditioner_settings import DEFAULT_DAMPING, damping_by_layer, layers_by_damping, uniform
+from natgrad.optim.preconditioner_statistics import Pending
+from natgrad.optim.scaling import KLClip, Scaling, Unscaled
 from natgrad.optim.settings import Periods, Renewal
 from natgrad.optim.stats import Stats
 from natgrad.optim.structures import check_structure, form_for, inverses_for
+
+# Between the random streams of two ranks; those of two seeds are one apart.
+_RANK_STRIDE = 0x9E3779B97F4A7C15
 
 
 class Preconditioner:
@@ -53,24 +61,32 @@ class Preconditioner:
             proportional to it.
         structure: ``"block_diagonal"``; ``"ekfac"``: second moments of the gradient in the eigenbasis of F̆; or
             ``"input_covariance"``: ``A ⊗ α I``, without a backward pass of its own [THESIS, sec. 6.3.2].
-        damping: λ, the coefficient of the identity. May be changed at any time through :attr:`damping`.
+        damping: λ, the coefficient of the identity; or a mapping from names of layers, or of modules around them, to λ,
+            with ``""`` for all others. May be changed at any time through :attr:`damping`. It stands beside the
+            curvature of ``likelihood.nll``: where that is a sum in place of a mean, λ has to be as many times larger.
         seed: of the preconditioner's own random stream (sampled targets).
         forward: ``forward(model, inputs) → z``, for :meth:`update` on models that are not called as ``model(inputs)``.
         uncovered: trainable parameters that no factor covers are an ``"error"``, or keep their gradient
             (``"identity"``).
+        exclude: names of modules (with all that is inside), layers or bare parameters that keep their gradient.
         form: factored Tikhonov damping (the default of block_diagonal), or the exact one in the eigenbasis of the
             factors, the only one of ekfac (twice the products for every step, decompositions several times as costly).
         periods: how often statistics and inverses are renewed.
-        scaling: ν; None for 1.
-        expectation: ``"sampled"``, ``"exact"`` or ``"empirical"`` (which needs y).
+        scaling: ν: a :class:`KLClip` (the default), a :class:`Grafting`, or None for 1.
+        expectation: whose targets: ``"sampled"`` (drawn from the model), ``"exact"`` (all of them), or ``"empirical"``,
+            the training targets: then :meth:`observe` needs y and costs no backward pass. What that loses: the
+            empirical Fisher is no Gauss-Newton matrix. It shrinks with the residuals, so that steps grow where the
+            model fits, and it may turn a good gradient away from the minimum (Kunstner et al. 2019).
         decay: the cap on ε in the decayed averages of the factors, ``ε = min(1 − 1/k, decay)``.
         sharing: how the positions of an example count, as for :func:`natgrad.kronecker_fisher`.
         alpha: α of ``"input_covariance"``.
 
     Attributes:
-        stats: of the last step, read from the device on access: ``steps``, ``damping``, ``nu``, ``skipped`` (estimates
-            that were not finite and therefore left out), ``failed_inverses`` and ``bare`` (layers whose gradient was
-            left as it was, because they have no inverse yet).
+        stats: of the last step, read from the device on access: ``steps``, ``damping``, ``nu`` (the mean over layers),
+            ``skipped`` (estimates that were not finite and therefore left out), ``nonfinite`` (steps whose gradients
+            were not finite and therefore left as they were), ``missed`` (steps that wanted statistics and got none),
+            ``failed_inverses`` and ``bare`` (layers whose gradient was left as it was, because they have no inverse
+            yet).
 
     Raises:
         ValueError: a setting out of range, no layer to cover, or an uncovered parameter (it is named).
@@ -82,13 +98,14 @@ class Preconditioner:
         likelihood: Likelihood,
         *,
         structure: str = "block_diagonal",
-        damping: float = 3e-3,
+        damping: float | Mapping[str, float] = DEFAULT_DAMPING,
         seed: int = 0,
         forward: Forward | None = None,
         uncovered: str = "error",
+        exclude: Collection[str] = (),
         form: Tikhonov | None = None,
         periods: Periods = Renewal(),
-        scaling: KLClip | None = KLClip(),
+        scaling: Scaling | None = KLClip(),
         expectation: Expectation = "sampled",
         decay: float = 0.95,
         sharing: str | Mapping[str, str] = "expand",
@@ -100,34 +117,40 @@ class Preconditioner:
         check_likelihood(likelihood)
         check_expectation(likelihood, expectation, targets=(), samples=1)
         self.view, self.likelihood = ModelView(model, forward), likelihood
-        self.damping, self.periods, self.scaling, self.expectation = damping, periods, scaling, expectation
-        self._coverage = cover(self.view, uncovered, structure, sharing)
+        self.periods, self.scaling, self.expectation = periods, scaling, expectation
+        self._coverage = cover(self.view, uncovered, structure, sharing, exclude)
         if not self._coverage.blocks:
             raise ValueError(f"model: {type(self.view.module).__name__} has no trainable layer to precondition")
+        self._damping = damping_by_layer(damping, self._coverage.blocks)
         self.capture = Capture(model, self._coverage.blocks)
         self._watch = Watch(self.view.module, self.capture)
-        self._generator = torch.Generator(device=self.view.device).manual_seed(seed)
+        self._unchanged = Unchanged(self.view.module)
+        # Every rank draws targets of its own.
+        own_seed = (seed + collectives.rank() * _RANK_STRIDE) % 2**63
+        self._generator = torch.Generator(device=self.view.device).manual_seed(own_seed)
         self._running = RunningFactors(decay)
         self._inverses = inverses_for(structure, form_for(structure, form), self._coverage, alpha)
         self._inputs_only = isinstance(self._inverses, InputInverses)
-        self._pending: Statistics | None = None
-        self._steps = 0
-        self._observed = False
         self._unchecked = {n for n, block in self._coverage.blocks.items() if not isinstance(block.rule, BareRule)}
-        self._skipped = torch.zeros((), dtype=torch.int64, device=self.view.device)
+        # The diagonal of a bare parameter needs the gradient of every example: a backward pass of its own.
+        bare = len(self._unchecked) < len(self._coverage.blocks)
+        self._from_loss = expectation == "empirical" and not bare and not self._inputs_only
+        self._pending = Pending()
+        self._steps, self._observed = 0, False
+        self._skipped, self._nonfinite = torch.zeros((2,), dtype=torch.int64, device=self.view.device).unbind()
         self.stats = Stats()
 
     @property
-    def damping(self) -> float:
-        """λ; a new value takes effect at the next step (with factored damping, at the next renewal of the inverses)."""
-        return self._damping
+    def damping(self) -> float | dict[str, float]:
+        """λ, by layer where layers differ; a mapping that is assigned leaves the layers that it does not name.
+
+        A new value takes effect at the next step (with factored damping, at the next renewal of the inverses).
+        """
+        return uniform(self._damping)
 
     @damping.setter
-    def damping(self, value: float) -> None:
-        check_damping(value)
-        if not value > 0:
-            raise ValueError(f"damping={value}: expected a positive number, such as 3e-3")
-        self._damping = float(value)
+    def damping(self, value: float | Mapping[str, float]) -> None:
+        self._damping = damping_by_layer(value, self._coverage.blocks, self._damping)
 
     @property
     def due(self) -> bool:
@@ -147,7 +170,9 @@ class Preconditioner:
         """Take in the curvature of the batch that the model has just seen, when it is due.
 
         Uses the graph of z for one more backward pass, without gradients of weights, and keeps it for your loss;
-        neither ``.grad`` nor the global random streams change. Call it before ``loss.backward()``.
+        neither ``.grad`` nor the global random streams change. Call it before ``loss.backward()``. With
+        ``expectation="empirical"`` there is no pass of its own: ``loss.backward()`` makes the derivatives, of a loss
+        that may be any multiple of ``likelihood.nll`` (models with bare parameters excepted, see the page "Layers").
 
         Args:
             z: the output of ``model(x)``, or what was computed from it; dimension 0 is that of the examples.
@@ -155,17 +180,19 @@ class Preconditioner:
             weight: per-target weights of the loss.
 
         Raises:
-            ValueError: z has no graph, or targets are missing or do not fit.
+            TypeError: z is no tensor.
+            ValueError: z has no graph, is not the model's output or does not fit the likelihood, targets are missing or
+                do not fit, or the model's parameters are others than when this object was made.
             RuntimeError: the layers that computed z were not seen (a compiled or reentrantly checkpointed model: use
-                :meth:`update`), an input of a layer was changed in place since, or the graph is gone.
+                :meth:`update`), an input of a layer was changed in place since, the graph is gone, or a transform of
+                ``torch.func`` is at work.
         """
-        if not isinstance(z, Tensor) or z.ndim == 0:
-            raise TypeError("z: expected the model's output, a tensor with the examples in dimension 0")
+        check_output(z)
         self._observed = True
         if not self.due:
             return
         check_expectation(self.likelihood, self.expectation, y, samples=1)
-        self._check_parts()
+        self._unchanged.check(self._coverage.blocks)
         record = self._watch.take(z)
         try:
             if self._unchecked:
@@ -173,15 +200,18 @@ class Preconditioner:
                 self._unchecked -= {name for name, calls in record.calls.items() if calls}
             validate_targets(self.likelihood, z.detach(), y)
             if self._inputs_only:
-                statistics = input_statistics(record, z.shape[0])
+                self._pending.add(input_statistics(record, z.shape[0]))
+            elif self._from_loss:
+                how = {"targets": y, "weight": weight, "bases": self._inverses.bases}
+                self._pending.expect(LossStatistics(record, z, self.likelihood, **how))
             else:
-                given = self._settings(weight) | {"targets": y, "coupled": couples_examples(self.view.module)}
-                statistics = statistics_from(record, z, self.likelihood, **given)
+                how = self._settings(weight) | {"targets": y, "coupled": couples_examples(self.view.module)}
+                with torch.autocast(z.device.type, enabled=False):
+                    self._pending.add(statistics_from(record, z, self.likelihood, **how))
         except RuntimeError as error:
             if "second time" in str(error):
                 raise RuntimeError("the graph of z is gone: call observe(z) before loss.backward()") from error
             raise
-        self._add(statistics)
 
     def update(self, inputs: Any, targets: Any = None, *, weight: Tensor | None = None) -> None:
         """The same as :meth:`observe` by an eager forward and backward pass of its own, when it is due.
@@ -197,12 +227,12 @@ class Preconditioner:
         self._observed = True
         if not self.due:
             return
-        self._check_parts()
+        self._unchanged.check(self._coverage.blocks)
         model = self.view, self.capture, self.likelihood
         if self._inputs_only:
-            self._add(collect_inputs(*model, inputs))
+            self._pending.add(collect_inputs(*model, inputs))
         else:
-            self._add(collect(*model, inputs, y=targets, **self._settings(weight)))
+            self._pending.add(collect(*model, inputs, y=targets, **self._settings(weight)))
 
     def _settings(self, weight: Tensor | None) -> dict[str, Any]:
         """How statistics are estimated."""
@@ -214,102 +244,82 @@ class Preconditioner:
         """Replace the gradients of the covered layers by preconditioned ones, in place.
 
         Parameters without a gradient are passed over, gradients of other parameters left alone. A layer has no inverse
-        as long as no estimate was finite: then its gradient stays what it is (``stats["bare"]``).
+        as long as no estimate was finite: then its gradient stays what it is (``stats["bare"]``). Where a gradient is
+        not finite, all stay what they are (``stats["nonfinite"]``). In a process group the statistics of all ranks add
+        up, so that every rank has the same inverses.
 
         Raises:
-            RuntimeError: nothing was ever observed, or there are several ranks, whose statistics would differ.
+            RuntimeError: nothing was ever observed, no covered parameter has a gradient, or only some ranks of the
+                process group observed something; with ``"empirical"``, the loss's backward pass did not happen.
+            ValueError: with ``"empirical"``, the loss is not a multiple of ``likelihood.nll``.
         """
         if not self._observed:
             raise RuntimeError(
                 "no curvature yet: call observe(z) before loss.backward(), or update(inputs), ahead of step()"
             )
-        _refuse_ranks()
+        if all(p.grad is None for block in self._coverage.blocks.values() for p in block.parameters.values()):
+            raise RuntimeError("no covered parameter has a gradient: call loss.backward() ahead of step()")
+        statistics = self._pending.take(self.view.device, self._steps + 1) if self.due else None
+        if statistics is not None:
+            usable = torch.ones((), dtype=torch.bool, device=self._skipped.device)
+            self._skipped = self._skipped + ~self._inverses.observe(factors_from(statistics), self._running, usable)
         self._steps += 1
-        self._renew()
+        if self._running.factors:
+            self._renew()
         self.precondition()
         self._watch.clear()
         self._watch.active = self.due
 
     def skip(self) -> None:
         """Forget what was observed since the last step, for a batch that is left out; counts as skipped."""
-        self._skipped += 1
-        self._pending = None
+        self._skipped = self._skipped + 1
+        self._pending.clear()
         self._watch.clear()
 
-    def _add(self, statistics: Statistics) -> None:
-        self._pending = statistics if self._pending is None else self._pending + statistics
-
-    @torch.no_grad()
     def _renew(self) -> None:
-        """Averages and inverses from what was observed since the last step."""
-        if self._pending is not None:
-            usable = torch.ones((), dtype=torch.bool, device=self._skipped.device)
-            self._skipped += ~self._inverses.observe(factors_from(self._pending), self._running, usable)
-            self._pending = None
+        """Inverses from the averages, when they are due."""
         first = not self._inverses
         # The comparison waits for the device, but only until there are inverses.
         if first and (self._running.updates is None or not self._running.updates > 0):
             return
         if first or self.periods.due(self._steps):
-            self._inverses.refresh(self._running.factors, self._damping)
+            for damping, names in layers_by_damping(self._damping).items():
+                self._inverses.refresh({name: self._running.factors[name] for name in names}, damping)
 
     @torch.no_grad()
     def precondition(self) -> None:
         """Replace the gradients as :meth:`step` does, with the inverses there are: nothing is renewed or counted."""
-        preconditioned: list[tuple[str, Tensor]] = []
-        products: list[Tensor] = []
+        proposals: list[Proposal] = []
+        scaling = Unscaled() if self.scaling is None else self.scaling
         bare = 0
-        for name in self._coverage.layers:
-            gradient = self._gradient(name)
+        for name, block in self._coverage.blocks.items():
+            gradient = gradient_of(block)
             if gradient is None:
                 continue
-            inverse = self._inverses.get(name, self._damping)
+            inverse = self._inverses.get(name, self._damping[name])
             if inverse is None:
                 bare += 1
                 continue
             gradient = gradient.to(diagonal(self._running.factors[name].A).dtype)
             U = inverse.apply(gradient)
-            preconditioned.append((name, U))
-            products.append(torch.sum(gradient * U))
+            proposals.append(Proposal(block, U, scaling.measure(gradient, U)))
         nu: Tensor | float = 1.0
-        if self.scaling is not None and products:
-            nu = self.scaling(torch.stack(products).sum())
-        for name, U in preconditioned:
-            self._write(name, U * nu)
+        if proposals:
+            scales, finite = replace_gradients(proposals, scaling)
+            nu = scales.mean()
+            self._nonfinite = self._nonfinite + ~finite
         self.stats = Stats(
             {
                 "steps": self._steps,
-                "damping": self._damping,
+                "damping": self.damping,
                 "nu": nu,
-                "skipped": self._skipped.clone(),
+                "skipped": self._skipped,
+                "nonfinite": self._nonfinite,
+                "missed": self._pending.missed,
                 "failed_inverses": self._inverses.failures,
                 "bare": bare,
             }
         )
-
-    def _gradient(self, name: str) -> Float[Tensor, "*stack out columns"] | None:
-        """The gradient as the matrix of a block, ``[∂h/∂W ∂h/∂b]``; None where no parameter of it has a gradient."""
-        block = self._coverage.blocks[name]
-        members = block.parameters
-        if all(p.grad is None for p in members.values()):
-            return None
-        return block.to_matrix({k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in members.items()})
-
-    def _write(self, name: str, U: Float[Tensor, "*stack out columns"]) -> None:
-        block = self._coverage.blocks[name]
-        members = block.parameters
-        for key, part in block.from_matrix(U).items():
-            gradient = members[key].grad
-            if gradient is not None:
-                gradient.copy_(part)
-
-    def _check_parts(self) -> None:
-        for name, block in self._coverage.blocks.items():
-            if block.trained != tuple(block.members):
-                raise ValueError(
-                    f"layer {name!r}: requires_grad of its parameters changed since the Preconditioner was made, so "
-                    "its factors would no longer fit; make a new Preconditioner after freezing or unfreezing"
-                )
 
     def state_dict(self) -> dict[str, Any]:
         """Averages, inverses, counters and the random stream: tensors and plain numbers, keyed by clean layer names.
@@ -328,12 +338,3 @@ class Preconditioner:
                 changed.
         """
         preconditioner_state.load(self, state_dict)
-
-
-def _refuse_ranks() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RuntimeError(
-            "Preconditioner: this process group has several ranks, and each would use the statistics of its own "
-            "examples; training on several ranks is not supported yet"
-        )

@@ -22,13 +22,15 @@ def save(pre: "Preconditioner") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "steps": pre._steps,
         "observed": pre._observed,
-        "damping": pre._damping,
         "failed_inverses": pre._inverses.failures,
+        "missed": pre._pending.missed,
         "skipped": pre._skipped,
+        "nonfinite": pre._nonfinite,
         "updates": zero if pre._running.updates is None else pre._running.updates,
         "generator": pre._generator.get_state(),
         "layers": {
             name: save_layer(block, pre._running.factors.get(name), pre._inverses)
+            | {"damping": torch.tensor(pre._damping[name], dtype=torch.float64)}
             for name, block in pre._coverage.blocks.items()
         },
     }
@@ -44,19 +46,21 @@ def load(pre: "Preconditioner", state: Mapping[str, Any]) -> None:
     warn_of_threads(state["threads"])
     device = pre._skipped.device
     pre._steps, pre._observed = int(state["steps"]), bool(state["observed"])
-    pre._damping, pre._inverses.failures = float(state["damping"]), int(state["failed_inverses"])
+    pre._pending.missed, pre._inverses.failures = int(state["missed"]), int(state["failed_inverses"])
     pre._skipped = state["skipped"].detach().to(device, copy=True)
+    pre._nonfinite = state["nonfinite"].detach().to(device, copy=True)
     pre._generator.set_state(state["generator"].cpu())
     updates = state["updates"].detach().to(device, copy=True)
     known = bool(updates > 0) or any(bool(torch.any(layer["A"] != 0)) for layer in state["layers"].values())
     pre._running.updates = updates if known else None
     pre._running.factors = {}
     for name, saved in state["layers"].items():
-        layer = {key: value.detach().to(device) for key, value in saved.items()}
+        pre._damping[name] = float(saved["damping"])
+        layer = {key: value.detach().to(device) for key, value in saved.items() if key != "damping"}
         if known:
             pre._running.factors[name] = load_factors(layer)
         pre._inverses.load(name, layer)
-    pre._pending = None
+    pre._pending.clear()
     pre._watch.clear()
     pre._watch.active = pre.due
 
@@ -73,10 +77,10 @@ def check(pre: "Preconditioner", state: Mapping[str, Any]) -> None:
     same_keys("state_dict", own, state)
     if state["version"] != _VERSION:
         raise ValueError(f"state_dict: of version {state['version']}; this natgrad reads version {_VERSION}")
-    for key in ("threads", "steps", "damping", "failed_inverses"):
+    for key in ("threads", "steps", "missed", "failed_inverses"):
         if not isinstance(state[key], int | float) or not state[key] >= 0:
             raise ValueError(f"state_dict[{key!r}]: expected a number that is not negative, got {state[key]!r}")
-    for key in ("skipped", "updates", "generator"):
+    for key in ("skipped", "nonfinite", "updates", "generator"):
         same_shape(f"state_dict[{key!r}]", own[key], state[key])
     if not isinstance(state["layers"], Mapping):
         raise ValueError(f"state_dict['layers']: expected a mapping, got {type(state['layers']).__name__}")

@@ -1,0 +1,1 @@
+"""Several processes: the only place that talks to ``torch.distributed``."""

@@ -1,0 +1,59 @@
+"""What a `Preconditioner` refuses: models that changed, calls that cannot mean what was meant."""
+
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.layers.rules import Block
+
+
+def check_output(z: object) -> None:
+    """Refuse what is no output of a model, and transforms of ``torch.func``.
+
+    Raises:
+        TypeError: z is no tensor with a dimension of examples.
+        RuntimeError: a transform is at work, whose tensors have no graph that hooks could see.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "observe(z) inside a transform of torch.func (grad, vmap, jvp ...), whose tensors have no graph; call "
+            "update(x) outside of it"
+        )
+    if not isinstance(z, Tensor) or z.ndim == 0:
+        raise TypeError("z: expected the model's output, a tensor with the examples in dimension 0")
+
+
+class Unchanged:
+    """The parameters that a model had when its layers were covered.
+
+    Args:
+        model: without wrappers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._known = {name: weakref.ref(p) for name, p in model.named_parameters()}
+
+    def check(self, blocks: Mapping[str, Block]) -> None:
+        """Refuse a model whose parameters are others by now.
+
+        Raises:
+            ValueError: a parameter is new or gone, or one of a covered layer was frozen or unfrozen; it is named.
+        """
+        model = self._model()
+        now = {} if model is None else dict(model.named_parameters())
+        changed = [n for n, p in now.items() if n not in self._known or self._known[n]() is not p]
+        changed += [name for name in self._known if name not in now]
+        if changed:
+            raise ValueError(
+                f"{changed[0]}: this parameter was added, replaced or removed since the Preconditioner was made, so "
+                "that its layers are no longer those of the model; make a new Preconditioner"
+            )
+        for name, block in blocks.items():
+            if block.trained != tuple(block.members):
+                raise ValueError(
+                    f"layer {name!r}: requires_grad of its parameters changed since the Preconditioner was made, so "
+                    "its factors would no longer fit; make a new Preconditioner after freezing or unfreezing"
+                )

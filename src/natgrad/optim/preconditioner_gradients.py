@@ -1,0 +1,54 @@
+"""From ``p.grad`` of a layer's parameters to the matrix of its block, and back in place."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from natgrad.layers.rules import Block
+from natgrad.optim.scaling import Scaling
+
+
+class Proposal(NamedTuple):
+    """What shall replace the gradient of one block."""
+
+    block: Block
+    update: Float[Tensor, "*stack out columns"]
+    measure: Tensor
+
+
+def gradient_of(block: Block) -> Float[Tensor, "*stack out columns"] | None:
+    """The gradient as the matrix of a block, ``[∂h/∂W ∂h/∂b]``; None where no parameter of it has a gradient.
+
+    A block is joint whatever the groups of the optimiser: its weight may be in one, its bias in another.
+    """
+    members = block.parameters
+    if all(p.grad is None for p in members.values()):
+        return None
+    return block.to_matrix({k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in members.items()})
+
+
+def replace_gradients(proposals: list[Proposal], scaling: Scaling) -> tuple[Float[Tensor, " layers"], Bool[Tensor, ""]]:
+    """Write ``ν U`` into ``p.grad`` of every block, unless something is not finite: then nothing changes.
+
+    Args:
+        proposals: of at least one layer.
+        scaling: gives ν.
+
+    Returns:
+        ν of every layer, and whether everything was finite.
+    """
+    measures = torch.stack([proposal.measure for proposal in proposals])
+    finite = torch.isfinite(measures).all()
+    scales = scaling.scales(measures)
+    if finite.device.type == "cpu" and not finite:  # reading it costs nothing there
+        return scales, finite
+    for (block, update, _), scale in zip(proposals, scales.unbind(), strict=True):
+        members = block.parameters
+        for key, part in block.from_matrix(update * scale).items():
+            gradient = members[key].grad
+            if gradient is not None:
+                on_cpu = finite.device.type == "cpu"
+                gradient.copy_(part if on_cpu else torch.where(finite, part, gradient.to(part.dtype)))
+    return scales, finite
