@@ -12,6 +12,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "gradient-covariance": (),
     "operations": (),
     "layer-cost": (),
+    "competitors": (),
     "search": (),
     "sweep": (),
 }
