@@ -25,8 +25,8 @@ from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim import preconditioner_state
 from natgrad.optim.input_inverses import InputInverses
 from natgrad.optim.inverses import Tikhonov
-from natgrad.optim.preconditioner_checks import Unchanged, check_output
-from natgrad.optim.preconditioner_gradients import Proposal, gradient_of, replace_gradients
+from natgrad.optim.preconditioner_checks import Unchanged, check_output, refuse_transforms
+from natgrad.optim.preconditioner_gradients import Proposal, gradient_of, outside_autocast, replace_gradients
 from natgrad.optim.preconditioner_settings import DEFAULT_DAMPING, damping_by_layer, layers_by_damping, uniform
 from natgrad.optim.preconditioner_statistics import Pending
 from natgrad.optim.scaling import KLClip, Scaling, Unscaled
@@ -224,6 +224,7 @@ class Preconditioner:
             targets: as y of :meth:`observe`.
             weight: per-target weights of the loss.
         """
+        refuse_transforms()
         self._observed = True
         if not self.due:
             return
@@ -239,7 +240,7 @@ class Preconditioner:
         how = {"expectation": self.expectation, "generator": self._generator, "bases": self._inverses.bases}
         return {**how, "weight": weight}
 
-    @torch.no_grad()
+    @outside_autocast
     def step(self) -> None:
         """Replace the gradients of the covered layers by preconditioned ones, in place.
 
@@ -286,7 +287,7 @@ class Preconditioner:
             for damping, names in layers_by_damping(self._damping).items():
                 self._inverses.refresh({name: self._running.factors[name] for name in names}, damping)
 
-    @torch.no_grad()
+    @outside_autocast
     def precondition(self) -> None:
         """Replace the gradients as :meth:`step` does, with the inverses there are: nothing is renewed or counted."""
         proposals: list[Proposal] = []

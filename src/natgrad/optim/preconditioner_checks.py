@@ -10,19 +10,28 @@ from natgrad.layers.rules import Block
 
 
 def check_output(z: object) -> None:
-    """Refuse what is no output of a model, and transforms of ``torch.func``.
+    """Refuse what is no output of a model.
 
     Raises:
         TypeError: z is no tensor with a dimension of examples.
+        RuntimeError: as :func:`refuse_transforms`.
+    """
+    refuse_transforms()
+    if not isinstance(z, Tensor) or z.ndim == 0:
+        raise TypeError("z: expected the model's output, a tensor with the examples in dimension 0")
+
+
+def refuse_transforms() -> None:
+    """Refuse calls from inside ``torch.func``.
+
+    Raises:
         RuntimeError: a transform is at work, whose tensors have no graph that hooks could see.
     """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "observe(z) inside a transform of torch.func (grad, vmap, jvp ...), whose tensors have no graph; call "
-            "update(x) outside of it"
+            "observe(z) or update(x) inside a transform of torch.func (grad, vmap, jvp ...), whose tensors have no "
+            "graph; call update(x) outside of it"
         )
-    if not isinstance(z, Tensor) or z.ndim == 0:
-        raise TypeError("z: expected the model's output, a tensor with the examples in dimension 0")
 
 
 class Unchanged:

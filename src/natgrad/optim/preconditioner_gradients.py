@@ -1,6 +1,8 @@
 """From ``p.grad`` of a layer's parameters to the matrix of its block, and back in place."""
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,6 +18,17 @@ class Proposal(NamedTuple):
     block: Block
     update: Float[Tensor, "*stack out columns"]
     measure: Tensor
+
+
+def outside_autocast(method: Callable[..., None]) -> Callable[..., None]:
+    """A method that computes in the precision of its tensors, without a graph, wherever it is called."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        with torch.no_grad(), torch.autocast(self.view.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 def gradient_of(block: Block) -> Float[Tensor, "*stack out columns"] | None:
