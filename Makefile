@@ -9,19 +9,21 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13; do $$p -c 'import venv, ensurepip' >/dev/null 2>&1 && { echo $$p; break; }; done)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_INTEGRATIONS := $(VENV)/.ready-integrations
 
 # Racing time of one optimiser in `make demo`; there are three of them.
 DEMO_SECONDS ?= 55
 # Tests run in two workers with one thread each: more threads would fight over the cores.
 WORKERS ?= 2
-test test-slow bench: export OMP_NUM_THREADS ?= 1
+test test-slow test-integrations bench: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help env demo test test-slow lint bench docs clean
+.PHONY: help env demo test test-slow test-integrations lint bench docs clean
 
 help:
 	@echo "make demo       race K-FAC, Adam and Nesterov SGD on CURVES (three minutes of racing), then print the report's path"
 	@echo "make test       formatting, lint, types and the test suite"
 	@echo "make test-slow  the tests that take longer"
+	@echo "make test-integrations  Lightning, Accelerate, Trainer and TensorBoard, the real packages (installed first)"
 	@echo "make lint       formatting, lint and types alone"
 	@echo "make bench      what must be reached, measured at full size (an hour and a half), into docs/benchmarks.md"
 	@echo "make docs       the documentation, in docs/_build/html"
@@ -56,6 +58,16 @@ test: lint
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -q
+
+test-integrations: $(READY_INTEGRATIONS)
+	$(BIN)/python -m pytest tests/integrations -q
+
+$(READY_INTEGRATIONS): $(READY)
+	@echo "Adding the packages of the extra \"integrations\" to $(VENV) (once)"
+	@PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m pip install -qq --disable-pip-version-check \
+		-c constraints.txt -e ".[integrations]" || { \
+		echo "Lightning, Accelerate, transformers or TensorBoard could not be installed; pip says why above." >&2; exit 2; }
+	@touch $(READY_INTEGRATIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
