@@ -18,6 +18,7 @@ SHA256 = {
     "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
     "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
     "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+    "cifar10_subset.npz": "438f4a99164295bb9a9f9ee6cde6f0bba29dc97f9c85479f7ce87094392a19f1",
     "olivettifaces.mat": "b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d",
 }
 
@@ -85,6 +86,49 @@ def read_faces(path: Path) -> Tensor:
 
     columns = loadmat(io.BytesIO(read_verified(path)))["faces"]
     return torch.from_numpy(np.ascontiguousarray(columns.T.reshape(400, 64, 64).transpose(0, 2, 1)))
+
+
+CIFAR_BATCHES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
+CIFAR_SUBSET = "cifar10_subset.npz"
+CIFAR_ROW = 1 + 3 * 32 * 32  # the label, then red, green and blue
+
+
+def read_cifar10(folder: Path | None) -> list[np.ndarray]:
+    """CIFAR-10: x_train, y_train, x_test, y_test, uint8; rows of 1024 red, 1024 green and 1024 blue values.
+
+    Args:
+        folder: With the six `.bin` files of the "binary version" of its author's site, or a NumPy archive
+            `cifar10_subset.npz` of part of the images under the four names above; directly or in `cifar10/`. None:
+            the folder that NATGRAD_DATA names.
+
+    Raises:
+        DataError: there are none, or they are corrupt.
+    """
+    found = None
+    for names in ((CIFAR_SUBSET,), CIFAR_BATCHES):
+        try:
+            found = found or find(names, "cifar10", folder)
+        except DataError:
+            continue
+    if found is None:
+        raise DataError(
+            f"CIFAR-10 was not found: put {CIFAR_BATCHES[0]} to {CIFAR_BATCHES[4]} and {CIFAR_BATCHES[5]} (the binary "
+            "version) into a folder and name it with --data FOLDER or in the environment variable NATGRAD_DATA"
+        )
+    if CIFAR_SUBSET in found:
+        with np.load(io.BytesIO(read_verified(found[CIFAR_SUBSET])), allow_pickle=False) as archive:
+            return [archive[name] for name in ("x_train", "y_train", "x_test", "y_test")]
+    rows = []
+    for name in CIFAR_BATCHES:
+        content = np.frombuffer(found[name].read_bytes(), np.uint8)
+        if not content.size or content.size % CIFAR_ROW or content[::CIFAR_ROW].max() > 9:
+            raise DataError(
+                f"the data file {found[name]} is corrupt: expected rows of {CIFAR_ROW} bytes that begin with a label "
+                f"from 0 to 9, got {content.size} bytes; delete it and copy or download it again"
+            )
+        rows.append(content.reshape(-1, CIFAR_ROW))
+    train, test = np.concatenate(rows[:5]), rows[5]
+    return [train[:, 1:], train[:, 0], test[:, 1:], test[:, 0]]
 
 
 def cache_folder() -> Path:

@@ -1,15 +1,16 @@
-"""Handwritten digits with their labels, for the recipes that classify."""
+"""Images with their labels, for the recipes that classify: handwritten digits, and CIFAR-10."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from natgrad_lab import files
 from natgrad_lab.files import DataError
 
-NAMES = ("mnist", "digits")
+NAMES = ("mnist", "digits", "cifar10")
 DIGITS_TRAIN = 1500
 
 
@@ -18,10 +19,11 @@ class Labelled:
     """Images in [0, 1] as rows of pixels, and their classes 0 to 9.
 
     Attributes:
-        name: "mnist" or "digits".
+        name: "mnist", "digits" or "cifar10".
         side: Of the square images, in pixels.
-        x_train, x_test: [cases, side²].
+        x_train, x_test: [cases, channels · side²], one channel after the other.
         y_train, y_test: [cases], int64.
+        channels: 1, or 3 for red, green and blue.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Labelled:
     y_train: Tensor = field(repr=False)
     x_test: Tensor = field(repr=False)
     y_test: Tensor = field(repr=False)
+    channels: int = 1
 
     def take(self, train: int | None = None, test: int | None = None) -> "Labelled":
         """At most so many cases: the first ones (the files are in random order)."""
@@ -45,7 +48,7 @@ class Labelled:
         """Smaller images, by the mean over the area of each new pixel; larger ones repeat."""
 
         def scaled(x: Tensor) -> Tensor:
-            images = x.view(-1, 1, self.side, self.side)
+            images = x.view(-1, self.channels, self.side, self.side)
             return torch.nn.functional.interpolate(images, size=(side, side), mode="area").flatten(1)
 
         return replace(self, side=side, x_train=scaled(self.x_train), x_test=scaled(self.x_test))
@@ -62,12 +65,12 @@ class Labelled:
 
 
 def load(name: str, folder: str | Path | None = None) -> Labelled:
-    """Load the images and labels of MNIST (28 × 28) or of the digits that come with scikit-learn (8 × 8).
+    """Load MNIST (28 × 28), the digits that come with scikit-learn (8 × 8), or CIFAR-10 (32 × 32 in three colours).
 
     Args:
-        name: "mnist" or "digits".
-        folder: Where the four files of MNIST are, directly or in `mnist/`. If None: the folder that NATGRAD_DATA
-            names, else scikit-learn downloads them.
+        name: "mnist", "digits" or "cifar10".
+        folder: Where the four files of MNIST are, directly or in `mnist/`; those of CIFAR-10 (see `files.read_cifar10`)
+            directly or in `cifar10/`. If None: the folder that NATGRAD_DATA names, else scikit-learn downloads MNIST.
 
     Raises:
         DataError: an unknown name, missing or corrupt files, a failed download.
@@ -79,6 +82,11 @@ def load(name: str, folder: str | Path | None = None) -> Labelled:
         order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(0))
         pixels, labels = torch.from_numpy(digits.data).float()[order] / 16.0, torch.from_numpy(digits.target)[order]
         side, cut = 8, DIGITS_TRAIN
+    elif name == "cifar10":
+        x_train, y_train, x_test, y_test = files.read_cifar10(None if folder is None else Path(folder))
+        pixels, test_pixels = (torch.from_numpy(x.astype(np.float32)).div_(255.0) for x in (x_train, x_test))
+        labels, test_labels = (torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test))
+        return Labelled(name, 32, pixels, labels, test_pixels, test_labels, channels=3)
     elif name == "mnist":
         pixels, labels = _mnist(None if folder is None else Path(folder))
         side, cut = 28, 60_000

@@ -180,6 +180,27 @@ def test_the_gradient_is_that_of_automatic_differentiation_either_way() -> None:
         torch.testing.assert_close(inputs[:3], expected @ layer.weight @ U, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("examples", [None, 2])
+def test_first_and_second_derivatives_and_both_modes(examples: int | None, bias: bool) -> None:
+    """Of the function that is written out, against numbers; forward mode, and the single operations beside it."""
+    layer = WhitenedLinear.convert(nn.Linear(5, 3, bias=bias, dtype=torch.float64), examples, 0.2)
+    h = batch(n=7, d=5) + 1
+    assert layer.rewhiten(batch(n=9, d=5, seed=2) + 2, 0.2)
+    primals = [p.detach().clone().requires_grad_() for p in (h, *layer.parameters())]
+    names = [name for name, _ in layer.named_parameters()]
+
+    def outputs(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(outputs, primals, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(outputs, primals)
+    tangents = [torch.randn(p.shape, generator=torch.Generator().manual_seed(5), dtype=p.dtype) for p in primals]
+    tangent = torch.func.jvp(outputs, tuple(p.detach() for p in primals), tuple(tangents))[1]  # the single operations
+    direct = torch.autograd.functional.jvp(outputs, tuple(primals), tuple(tangents))[1]
+    torch.testing.assert_close(direct, tangent, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("examples", [None, 2])
 def test_a_state_continues_bit_for_bit(examples: int | None) -> None:
     def make(seed: int) -> tuple[nn.Module, ng.PRONG, torch.optim.Optimizer]:
@@ -250,6 +271,17 @@ def test_a_covariance_without_a_root_leaves_its_layer() -> None:
     weights = model[2].weight.detach().clone()
     prong.rewhiten(x)
     assert torch.equal(model[2].weight, weights) and prong.stats["failed"] == 3
+
+
+def test_mixed_precision_is_that_of_an_ordinary_layer() -> None:
+    layer = WhitenedLinear.convert(nn.Linear(5, 3))
+    h = batch(n=20, d=5).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(h)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(out.float(), layer(h), rtol=0.05, atol=0.05)
 
 
 def test_float32_stays_and_trains() -> None:

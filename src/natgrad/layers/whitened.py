@@ -1,5 +1,7 @@
 """A linear layer that sees its input whitened: natural neural networks [THESIS, sec. 6.5.2]."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -105,7 +107,10 @@ class WhitenedLinear(nn.Linear):
     def effective_input(self, h: Float[Tensor, "... in"]) -> Float[Tensor, "... in"]:
         """``h_e = U (h − μ)``."""
         rows = flatten_rows(h)
-        rows = rows - self.mean if self.centred else rows
+        if self.centred:
+            rows = rows - self.mean
+            if not h.requires_grad and _plain(h, self.mean):  # nothing remembers these rows
+                return self.whitening.right_product_(rows).reshape(h.shape)
         return self.whitening.right_product(rows).reshape(h.shape)
 
     def forward(self, input: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
@@ -114,8 +119,72 @@ class WhitenedLinear(nn.Linear):
         rows = input.numel() // max(1, input.shape[-1])
         if rows * passes < self.out_features * 2:
             return functional.linear(self.effective_input(input), self.weight, self.bias)
+        if _plain(input, self.weight):
+            shape = (*input.shape[:-1], self.out_features)
+            mean = self.mean if self.centred else None
+            return _Composed.apply(flatten_rows(input), self.weight, self.bias, mean, self.whitening).reshape(shape)
         W = self.whitening.right_product(self.weight)
         return functional.linear(input - self.mean if self.centred else input, W, self.bias)
+
+
+class _Composed(torch.autograd.Function):
+    """``h (V U)ᵀ + d − V U μ`` and its derivatives, in fewer passes over memory than automatic differentiation takes.
+
+    The weight's gradient is ``(gᵀ h − (Σ g) μᵀ) U``, g being that of the output: the centring is of rank one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Float[Tensor, "rows in"],
+        V: Float[Tensor, "out in"],
+        d: Float[Tensor, " out"] | None,
+        mean: Float[Tensor, " in"] | None,
+        U: SymmetricForm,
+    ) -> Float[Tensor, "rows out"]:
+        W = U.right_product(V)
+        ctx.form = U
+        ctx.save_for_backward(h, V, W, mean)
+        ctx.save_for_forward(h, W, mean)
+        return functional.linear(h, W, _shifted(d, W, mean))
+
+    @staticmethod
+    def backward(ctx: Any, g: Float[Tensor, "rows out"]) -> tuple[Any, ...]:  # pyrefly: ignore[bad-override]
+        h, V, W, mean = ctx.saved_tensors
+        needs_h, needs_V, needs_d = ctx.needs_input_grad[:3]
+        again = torch.is_grad_enabled()  # second derivatives: W depends on V
+        dh = g @ (ctx.form.right_product(V) if again else W) if needs_h else None
+        dd = g.sum(0) if needs_d or (needs_V and mean is not None) else None
+        dV = None
+        if needs_V:
+            dW = g.T @ h
+            if mean is not None and dd is not None:
+                dW = dW.addr_(dd, mean, alpha=-1)
+            dV = ctx.form.right_product(dW) if again else ctx.form.right_product_(dW)
+        return dh, dV, dd if needs_d else None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Float[Tensor, "rows out"]:
+        dh, dV, dd = tangents[:3]
+        h, W, mean = ctx.saved_tensors
+        out = h.new_zeros(h.shape[0], W.shape[0]) if dh is None else dh @ W.T
+        if dV is not None:
+            out = out + (h if mean is None else h - mean) @ ctx.form.right_product(dV).T
+        return out if dd is None else out + dd
+
+
+def _shifted(d: Tensor | None, W: Tensor, mean: Tensor | None) -> Tensor | None:
+    return d if mean is None or d is None else torch.addmv(d, W, mean, alpha=-1)
+
+
+def _plain(h: Tensor, V: Tensor) -> bool:
+    """Whether nothing is at work that wants to see the single operations: mixed precision, a transform, a compiler."""
+    return (
+        h.dtype == V.dtype
+        and not torch.is_autocast_enabled(h.device.type)
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _form(root: Tensor, scale: Tensor, rank: int | None) -> SymmetricForm:

@@ -33,6 +33,15 @@ class SymmetricForm(NamedTuple):
             return torch.addmm(X, X @ self.basis, self.basis.T, beta=self.scale.item(), alpha=self.sign)
         return (X * self.scale).addmm_(X @ self.basis, self.basis.T, alpha=self.sign)
 
+    def right_product_(self, X: Float[Tensor, "r d"]) -> Float[Tensor, "r d"]:
+        """``X M``, written over X where M is not dense; X cannot be used afterwards."""
+        if self.dense is not None:
+            return X @ self.dense
+        XB = X @ self.basis
+        if X.device.type == "cpu":
+            return X.addmm_(XB, self.basis.T, beta=self.scale.item(), alpha=self.sign)
+        return X.mul_(self.scale).addmm_(XB, self.basis.T, alpha=self.sign)
+
     def vector_product(self, v: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
         """``M v``."""
         if self.dense is not None:

@@ -9,9 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from natgrad_lab.figures import thesis_methods
 from natgrad_lab.figures.drawing import INK, Drawing, canvas, draws
 from natgrad_lab.recipes.run import Record
 from natgrad_lab.recipes.thesis import METHODS
+
+__all__ = ["thesis_methods"]  # figures 6.1 and 6.2, section 4.3
 
 TITLES = {"grid": "grid search", "random": "random search", "biased": "biased random search"}
 PRINTED = {"grid": "27.23 ± 0.42", "random": "27.02 ± 0.28", "biased": "26.61 ± 0.13"}

@@ -1,8 +1,7 @@
 """Figures and tables of George (2017) [THESIS]: those of the search for hyper-parameters, sec. 2.3 and 4.1."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,15 @@ from optuna.samplers import BaseSampler, RandomSampler
 from torch import Tensor
 
 from natgrad_lab import labelled
+from natgrad_lab.recipes import thesis_methods
 from natgrad_lab.recipes.base import Size, recipe
 from natgrad_lab.recipes.many import final_costs
 from natgrad_lab.recipes.run import Run
 from natgrad_lab.search import BiasedRandomSampler
 from natgrad_lab.search.spaces import grid
-from natgrad_lab.search.study import Grid
+from natgrad_lab.search.study import Grid, quiet
+
+__all__ = ["thesis_methods"]  # figures 6.1 and 6.2, section 4.3
 
 METHODS = ("grid", "random", "biased")
 AT_ONCE = 50  # networks that are trained together
@@ -146,7 +148,7 @@ class _Task:
 def searches(task: _Task, method: str, numbers: Sequence[int]) -> list[optuna.Study]:
     """Searches by one method with these numbers, in step: their networks are trained together."""
     trials = task.configuration["trials"]
-    with _quiet():
+    with quiet():
         studies = [optuna.create_study(sampler=_sampler(task, method, trials, number)) for number in numbers]
         done = math.prod(len(v) for v in grid(task.space, trials).values()) if method == "grid" else trials
         for t in range(done):
@@ -170,14 +172,3 @@ def _logarithmic(u: Tensor, ends: Sequence[float]) -> Tensor:
     """From [0, 1] to between the ends, on a logarithmic scale."""
     low, high = (math.log(end) for end in ends)
     return (low + u * (high - low)).exp()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Optuna says a line for every study and trial."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)

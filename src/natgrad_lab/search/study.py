@@ -1,7 +1,9 @@
 """A search as an Optuna study: opened or continued, run by one process or several, stopped without losing a result."""
 
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -32,6 +34,17 @@ class Observer(Protocol):
 
     def finished(self, trial: FrozenTrial, done: int) -> None:
         """One more trial has a result; `done` of them have one."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the line that Optuna says for every study and trial."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def open_storage(storage: str) -> optuna.storages.BaseStorage:
