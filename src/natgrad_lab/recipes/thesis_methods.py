@@ -125,7 +125,7 @@ def _compare_one(run: Run, task: Task, name: str, method: dict[str, Any]) -> Non
     title="centred gradient and mean-only batch norm",
     source="[THESIS, fig. 6.1]",
     full=Size(
-        600, {**AUTOENCODER, "methods": {"SGD": SGD, "centred SGD": CENTERED, "mean-only batch norm": MEAN_ONLY}}
+        300, {**AUTOENCODER, "methods": {"SGD": SGD, "centred SGD": CENTERED, "mean-only batch norm": MEAN_ONLY}}
     ),
     quick=Size(5, DIGITS),
 )
@@ -139,7 +139,7 @@ def figure_6_1(run: Run) -> None:
     title="approximate second-order methods",
     source="[THESIS, fig. 6.2]",
     full=Size(
-        1000,
+        500,
         {
             **AUTOENCODER,
             "methods": {"SGD": SGD, "batch norm": BATCH_NORM, "KFAC": KFAC, "ACP": ACP, "ACP, fixed α": ACP_FIXED},
@@ -156,7 +156,7 @@ def figure_6_2(run: Run) -> None:
     "thesis-sec4.3",
     title="the same methods on a CIFAR-10 classifier",
     source="[THESIS, sec. 4.3]",
-    full=Size(300, {**CLASSIFIER, "methods": CLASSIFIERS}),
+    full=Size(500, {**CLASSIFIER, "methods": CLASSIFIERS}),
     quick=Size(8, {**DIGITS, "hidden": [20, 20]}),
 )
 def section_4_3(run: Run) -> None:
