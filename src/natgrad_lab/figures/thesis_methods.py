@@ -30,7 +30,7 @@ def best(record: Record, method: str) -> dict[str, Any] | None:
     """The run of a method that is shown: the longer one with the least training loss at its end; None: all diverged."""
     runs = [part for name, part in record.results.items() if name.startswith(f"{method}, best ")]
     whole = [part for part in runs if part["end"] == "finished"]
-    return min(whole, key=lambda part: part["train"][-1], default=None)
+    return min(whole, key=lambda part: part["train"][-1]) if whole else None
 
 
 def _compared(record: Record) -> Drawing:

@@ -23,7 +23,7 @@ UNITS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "mean-only": MeanOnlyBatchNorm}
 DIVERGED = 3.0  # times the loss of the output 0
 
-Step = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
