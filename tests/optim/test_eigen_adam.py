@@ -38,10 +38,14 @@ def joint(model: nn.Sequential, flat: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("rows", [12, 4], ids=["many rows", "fewer rows than columns"])
 @pytest.mark.parametrize("likelihood", [ng.Gaussian(), ng.Categorical()], ids=["gaussian", "categorical"])
-def test_the_update_is_adams_in_the_eigenbasis(likelihood: Any) -> None:
-    """m is the rotated mean of all gradients so far; v's entries stay where they are when the basis is renewed."""
-    model, (x, y) = mlp(5, 4, 3), data(likelihood, 5, 3)
+def test_the_update_is_adams_in_the_eigenbasis(likelihood: Any, rows: int) -> None:
+    """m is the rotated mean of all gradients so far; v's entries stay where they are when the basis is renewed.
+
+    With few rows the gradient is rotated by rotating them: on one side of the first layer, and of the second.
+    """
+    model, (x, y) = mlp(5, 4, 3), data(likelihood, 5, 3, n=rows)
     periods = Periods(inverses=3, early=(1,), statistics=1)
     opt = ng.EigenAdam(model, likelihood, lr=0.02, betas=(0.8, 0.9), eps=1e-3, warmup=4, subsets=EVERY, periods=periods)
     mean: dict[str, torch.Tensor] = {}
@@ -60,6 +64,51 @@ def test_the_update_is_adams_in_the_eigenbasis(likelihood: Any) -> None:
             expected = before[name] - 0.02 * min(k / 4, 1) * step
             torch.testing.assert_close(after[name], expected, rtol=1e-7, atol=1e-9)
     assert len(bases) == 2 and opt.stats["updates"] == 7 and opt.stats["skipped"] == 0
+
+
+def test_constant_inputs_are_decomposed_once() -> None:
+    """A of the first layer is that of all inputs, whatever the batch; its eigenvectors stay, a new G is found."""
+    model, (x, y) = mlp(5, 4, 3), data(ng.Gaussian(), 5, 3, n=20)
+    everything = torch.cat([x, 3 * x])
+    opt = ng.EigenAdam(model, ng.Gaussian(), periods=Periods(1), subsets=EVERY, static_inputs=everything)
+    opt.step(x, y)
+    first = opt._bases.basis("0")
+    opt.step(x, y)
+    second = opt._bases.basis("0")
+    assert first is not None and second is not None and second.QA is first.QA and second.QG is not first.QG
+    ones = torch.cat([everything, torch.ones(40, 1).to(x)], dim=1)
+    A = second.QA @ torch.diag(second.a) @ second.QA.T
+    torch.testing.assert_close(A, ones.T @ ones / 40)
+    QG, QA = dense_bases(opt)["0"]
+    torch.testing.assert_close((second.QA.T @ QA).abs(), torch.eye(6).to(x), atol=1e-8, rtol=0)
+    torch.testing.assert_close((second.QG.T @ QG).abs(), torch.eye(4).to(x), atol=1e-8, rtol=0)
+    last = opt._bases.basis("2")
+    opt.step(x, y)
+    again = opt._bases.basis("2")
+    assert last is not None and again is not None and again.QA is not last.QA
+
+
+def test_a_first_batch_that_is_broken_leaves_no_basis_behind() -> None:
+    model, (x, y) = mlp(5, 4, 3), data(ng.Gaussian(), 5, 3, n=20)
+    twin = copy.deepcopy(model)
+    opt = ng.EigenAdam(model, ng.Gaussian(), static_inputs=x, subsets=EVERY)
+    opt.step(x * math.nan, y)
+    assert not opt._bases and torch.equal(vector(model), vector(twin))
+    opt.step(x, y)
+    assert opt._bases.basis("0") is not None and opt.stats["skipped"] == 1
+    assert not torch.equal(vector(model), vector(twin))
+
+
+def test_updates_without_statistics_evaluate_no_curvature_rows() -> None:
+    model, (x, y) = mlp(5, 4, 3), data(ng.Gaussian(), 5, 3, n=20)
+    opt = ng.EigenAdam(model, ng.Gaussian(), periods=Periods(1, statistics=2))
+    for _ in range(20):
+        opt.step(x, y)
+    taken, generator = float(opt._running.updates), opt._generator.get_state()
+    opt.step(x, y)  # the 21st
+    assert float(opt._running.updates) == taken == 20 and torch.equal(opt._generator.get_state(), generator)
+    opt.step(x, y)
+    assert float(opt._running.updates) == 21
 
 
 class Scaled(nn.Module):

@@ -106,15 +106,17 @@ class Eigenbasis:
     g: Float[Tensor, " out"]
     ok: Bool[Tensor, ""]
 
-    def rotate(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
-        """``Q_Gᵀ V Q_A``: V in the eigenbasis."""
-        V = V if self.QG is None else self.QG.mT @ V
-        return V if self.QA is None else V @ self.QA
+    def rotate(
+        self, V: Float[Tensor, "out columns"], out: Float[Tensor, "out columns"] | None = None
+    ) -> Float[Tensor, "out columns"]:
+        """``Q_Gᵀ V Q_A``: V in the eigenbasis; written to ``out``, another tensor, if it is given."""
+        return _between(None if self.QG is None else self.QG.mT, V, self.QA, out)
 
-    def rotate_back(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
+    def rotate_back(
+        self, V: Float[Tensor, "out columns"], out: Float[Tensor, "out columns"] | None = None
+    ) -> Float[Tensor, "out columns"]:
         """``Q_G V Q_Aᵀ``: the inverse of :meth:`rotate`."""
-        V = V if self.QG is None else self.QG @ V
-        return V if self.QA is None else V @ self.QA.mT
+        return _between(self.QG, V, None if self.QA is None else self.QA.mT, out)
 
 
 class ExactInverse:
@@ -171,13 +173,24 @@ def kronecker_basis(basis: Eigenbasis) -> Float[Tensor, "size size"]:
     return kron(QA, QG)
 
 
-def eigenbasis(factors: Factors, *, check: bool = False, what: str = "the block") -> Eigenbasis:
+def eigenbasis(
+    factors: Factors, *, check: bool = False, what: str = "the block", same_A: Eigenbasis | None = None
+) -> Eigenbasis:
     """The eigenbasis of a block; a diagonal factor is its own and costs nothing.
+
+    Args:
+        factors: A and G.
+        check: raise instead of returning a basis whose ``ok`` is False.
+        what: how an error names the block.
+        same_A: the basis of a block with the same A, which is not decomposed again then.
 
     Raises:
         ValueError: with ``check``, when a factor is not finite.
     """
-    QA, a, ok_a = _basis(factors.A, check, f"A of {what}")
+    if same_A is None:
+        QA, a, ok_a = _basis(factors.A, check, f"A of {what}")
+    else:
+        QA, a, ok_a = same_A.QA, same_A.a, same_A.ok
     QG, g, ok_g = _basis(factors.G, check, f"G of {what}")
     return Eigenbasis(QA, QG, a, g, ok_a & ok_g)
 
@@ -297,6 +310,15 @@ def _check_regular(basis: Eigenbasis, damping: float | Tensor, what: str) -> Non
             f"{what} is singular (eigenvalues from {smallest:.1e} to {largest:.1e}) and has no undamped inverse; "
             f"pass a damping, for example damping={proposal:.1e}"
         )
+
+
+def _between(left: Tensor | None, V: Tensor, right: Tensor | None, out: Tensor | None) -> Tensor:
+    """``left V right``, where None stands for the identity."""
+    if left is not None:
+        V = torch.matmul(left, V, out=out if right is None else None)
+    if right is not None:
+        return torch.matmul(V, right, out=out)
+    return V if out is None or V is out else out.copy_(V)
 
 
 def _outer(g: Tensor, a: Tensor) -> Tensor:

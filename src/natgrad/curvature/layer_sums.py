@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.curvature.base import LayerSums
+from natgrad.layers.factors import flatten_rows
 from natgrad.layers.rules import Block, DiagonalRule, KroneckerRule, Use
 
 # Examples whose derivatives are taken one by one, in one vectorised backward pass.
@@ -37,15 +38,16 @@ def input_sums(
     assert isinstance(block.rule, KroneckerRule)  # for the type checker
     total: Tensor | None = None
     used: float | Tensor = 0.0
+    if factor is not None:  # of a linear layer whose every row counts: see natgrad.optim.static
+        total = factor.to(block.dtype) * rows
+        used = sum(use.share * flatten_rows(use.input).shape[0] for use in uses)
+        uses = ()
     for use in uses:
         moment, count = block.rule.input_sum(block, use)
-        if factor is None:
-            moment = moment if use.share == 1 else moment.mul_(use.share)
-            total = moment if total is None else total.add_(moment)
+        moment = moment if use.share == 1 else moment.mul_(use.share)
+        total = moment if total is None else total.add_(moment)
         used += use.share * count
-    if factor is not None:
-        total = factor.to(block.dtype) * rows
-    elif total is None:
+    if total is None:
         total = like.new_zeros(a_shape, dtype=block.dtype)
     return LayerSums(total, total.new_zeros(g_shape if outputs else g_shape[-1:]), used)
 

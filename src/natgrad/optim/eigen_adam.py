@@ -1,12 +1,14 @@
 """Adam in the Kronecker eigenbasis of the Fisher matrix."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from natgrad.curvature.base import factors_from
 from natgrad.curvature.inverse import Eigenbasis
@@ -19,7 +21,7 @@ from natgrad.model_view import Forward
 from natgrad.operators.chain import Chain
 from natgrad.optim.evaluation import Evaluator
 from natgrad.optim.inverses import LayerInverses
-from natgrad.optim.layer_state import load_factors, same_keys, same_shape, save_layer
+from natgrad.optim.layer_state import leaders, load_factors, same_keys, same_shape, save_layer
 from natgrad.optim.layout import JointLayout
 from natgrad.optim.settings import Periods, Subsets
 from natgrad.optim.static import StaticInputs
@@ -107,7 +109,7 @@ class EigenAdam(WholeModelOptimizer):
             static=None if static_inputs is None else StaticInputs(static_inputs),
         )
         self._gradient, self._rotated, self._mean, self._square = self.layout.buffers(4)
-        self._taken = self._scalar()
+        self._taken = self._scalar().float()  # as Adam's kernels want it
 
     def coverage(self) -> Coverage:
         """What is treated how; ``print`` it for a table with parameter counts. Adam's own step counts as identity."""
@@ -138,9 +140,9 @@ class EigenAdam(WholeModelOptimizer):
             return None
         update = self._update_number + 1
         buffers = self._buffers()
-        evaluation = self._evaluator(
-            batches, self.subsets.at(update), self._generator, self._gradient, observe=self.periods.observes(update)
-        )
+        subsets = self.subsets.at(update) if self.periods.observes(update) else None
+        self._share_rotations(0 if self.periods.due(update) else self._rows(batches))
+        evaluation = self._evaluator(batches, subsets, self._generator, self._gradient)
         norm = torch.linalg.vector_norm(evaluation.gradient)
         finite = torch.isfinite(evaluation.loss) & torch.isfinite(norm)
         self._count_step(finite, buffers)
@@ -148,9 +150,8 @@ class EigenAdam(WholeModelOptimizer):
             self._running.update(factors_from(evaluation.statistics, in_place=True), finite)
         if self._running.factors and (self.periods.due(update) or not self._bases):
             self._renew()
-        self._taken += finite
-        if finite.device.type != "cpu" or finite:
-            self._descend(finite)
+            self._share_rotations(0)
+        self._descend(finite)
         self.stats = Stats(
             {
                 "loss": evaluation.loss,
@@ -162,52 +163,98 @@ class EigenAdam(WholeModelOptimizer):
         )
         return evaluation.loss.to(self._gradient.dtype)
 
-    def _basis(self, name: str) -> Eigenbasis | None:
-        found = self._bases.at(name, 1.0)
-        return getattr(found, "basis", None)
-
     def _renew(self) -> None:
         """New bases from the averaged factors; m is rotated from the old ones into them."""
-        mean = self.layout.blocks(self._mean)
-        old = {name: self._basis(name) for name in mean}
-        self._bases.refresh({name: self._running.factors[name] for name in mean}, 0.0)
+        mean, bases = self.layout.blocks(self._mean), self._bases
+        if not self._running.updates:  # no estimate was finite so far
+            return
+        old = {name: bases.basis(name) for name in mean}
+        bases.refresh({name: self._running.factors[name] for name in mean}, 0.0)
+        bases.constant = () if self._evaluator.static is None else self._evaluator.static.layers
         for name, m in mean.items():
-            new, before = self._basis(name), old[name]
+            new, before = bases.basis(name), old[name]
             if new is not None and new is not before:
                 m.copy_(new.rotate(m if before is None else before.rotate_back(m)))
 
+    def _rows(self, batches: Sequence[tuple[Any, Any]]) -> int:
+        """How many rows every layer of a chain sees of a batch; 0 for any other model."""
+        if self._evaluator.chain is None:
+            return 0
+        return sum(inputs.numel() // inputs.shape[-1] for inputs, _ in batches)
+
+    def _share_rotations(self, rows: int) -> None:
+        """Which sides of a gradient are rotated with the rows that it is the product of, and which afterwards.
+
+        ``(g Q_G)ᵀ (a Q_A)`` takes less than ``Q_Gᵀ (gᵀ a) Q_A`` on a side where there are fewer rows than columns, or
+        rows, in the gradient.
+        """
+        bases = {name: self._bases.basis(name) for name in self._coverage.blocks}
+        known = {name: basis for name, basis in bases.items() if basis is not None}
+        self._evaluator.rotations, self._remaining = {}, known
+        for name, basis in known.items() if rows else ():
+            if "weight" in self._coverage.blocks[name].members:
+                QA, QG = basis.QA if rows < len(basis.g) else None, basis.QG if rows < len(basis.a) else None
+                self._evaluator.rotations[name] = replace(basis, QA=QA, QG=QG)
+                self._remaining[name] = replace(
+                    basis, QA=basis.QA if QA is None else None, QG=basis.QG if QG is None else None
+                )
+
     def _descend(self, finite: Bool[Tensor, ""]) -> None:
-        """Adam's step on the rotated gradient; none where ``finite`` is False."""
-        self._rotated.copy_(self._gradient)
-        rotated = self.layout.blocks(self._rotated)
-        bases = {name: self._basis(name) for name in rotated}
-        for name, basis in bases.items():
-            if basis is not None:
-                rotated[name].copy_(basis.rotate(rotated[name]))
-        if finite.device.type != "cpu":
-            self._rotated.copy_(torch.where(finite, self._rotated, 0.0))
-        first, second = self.betas
-        keep = torch.where(finite, torch.tensor([first, second], device=finite.device, dtype=self._rotated.dtype), 1.0)
-        self._mean.mul_(keep[0]).add_(self._rotated, alpha=1 - first)
-        self._square.mul_(keep[1]).addcmul_(self._rotated, self._rotated, value=1 - second)
-        taken = self._taken.clamp(min=1)
-        corrections = (1 - first**taken, 1 - second**taken)
-        rate = torch.clamp(self._taken / max(self.warmup, 1), max=1.0) * finite / corrections[0]
-        # m̂ / (√v̂ + ε) with the corrections as scalars: two passes over the parameters
-        torch.sqrt(self._square, out=self._rotated)
-        self._rotated.mul_(corrections[1].rsqrt().to(self._rotated.dtype)).add_(self.eps)
-        torch.div(self._mean, self._rotated, out=self._rotated)
-        self._rotated.mul_(rate.to(self._rotated.dtype))
-        for name, basis in bases.items():
-            if basis is not None:
-                rotated[name].copy_(basis.rotate_back(rotated[name]))
+        """Adam's step on the rotated gradient; none where ``finite`` is False.
+
+        Adam's own kernel takes its step from zero in the eigenbases, and keeps everything where ``finite`` is False.
+        """
+        fused = finite.device.type in ("cpu", "cuda")
+        if finite.device.type != "cuda" and not finite:
+            return
+        self._rotate("rotate", self._remaining, self._gradient, self._rotated)
+        step = self._gradient.zero_()
+        adam(
+            [step],
+            [self._rotated],
+            [self._mean],
+            [self._square],
+            [],
+            [self._taken],
+            fused=fused,
+            grad_scale=None,
+            found_inf=(~finite).to(torch.float32) if fused else None,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=min(self._update_number / max(self.warmup, 1), 1.0),
+            weight_decay=0.0,
+            eps=self.eps,
+            maximize=False,
+        )
+        bases = {name: self._bases.basis(name) for name in self._coverage.blocks}
+        self._rotate("rotate_back", bases, step, self._rotated)
         rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
         for name, step in self.layout.parameters(self._rotated).items():
             parameter = self.view.parameters[name]
             lr = rates[id(parameter)]
             if self.weight_decay:
                 parameter.mul_(1 - lr * self.weight_decay * finite.to(parameter.dtype))
-            parameter.add_(step, alpha=-lr)
+            parameter.add_(step, alpha=lr)
+
+    def _rotate(
+        self,
+        how: str,
+        bases: Mapping[str, Eigenbasis | None],
+        vector: Float[Tensor, " size"],
+        out: Float[Tensor, " size"],
+    ) -> None:
+        """A vector over the parameters, each layer's block rotated; the rest as it is."""
+        found = self.layout.blocks(out)
+        for name, V in self.layout.blocks(vector).items():
+            basis = bases.get(name)
+            if basis is None:
+                found[name].copy_(V)
+            else:
+                getattr(basis, how)(V, found[name])
+        others = self.layout.others(out)
+        for name, part in self.layout.others(vector).items():
+            others[name].copy_(part)
 
     def _numbers(self) -> dict[str, Tensor]:
         return {"taken": self._taken}
@@ -215,19 +262,15 @@ class EigenAdam(WholeModelOptimizer):
     def _tensors(self) -> list[dict[str, Tensor]]:
         """Per parameter: the moments, and what belongs to the layer that it leads."""
         mean, square = (self.layout.parameters(flat) for flat in (self._mean, self._square))
-        leaders = self._leaders()
+        leading = leaders(self._coverage.blocks)
         saved = []
         for name in self.view.names:
             state = {"exp_avg": mean[name].clone(), "exp_avg_sq": square[name].clone()}
-            if name in leaders:
-                layer = leaders[name]
+            if name in leading:
+                layer = leading[name]
                 state |= save_layer(self._coverage.blocks[layer], self._running.factors.get(layer), self._bases)
             saved.append(state)
         return saved
-
-    def _leaders(self) -> dict[str, str]:
-        """The first trainable parameter of every covered layer → the layer."""
-        return {next(iter(block.members.values())): name for name, block in self._coverage.blocks.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, factors, bases, counters and the random stream, in the form of every torch optimiser's state."""
@@ -250,18 +293,18 @@ class EigenAdam(WholeModelOptimizer):
         numbers, tensors = self._check_state(state_dict)
         self._bases.failures = int(numbers["failed_bases"])
         known = numbers["factor_updates"] > 0
-        self._running.updates = torch.full_like(self._taken, numbers["factor_updates"]) if known else None
+        self._running.updates = self._scalar(numbers["factor_updates"]) if known else None
         self._running.factors = {}
         mean, square = (self.layout.parameters(flat) for flat in (self._mean, self._square))
-        leaders = self._leaders()
+        leading = leaders(self._coverage.blocks)
         for name, saved in zip(self.view.names, tensors, strict=True):
             mean[name].copy_(saved["exp_avg"])
             square[name].copy_(saved["exp_avg_sq"])
-            if name in leaders:
+            if name in leading:
                 state = {key: value.detach().to(self._mean.device) for key, value in saved.items()}
-                self._bases.load(leaders[name], state)
+                self._bases.load(leading[name], state)
                 if known:
-                    self._running.factors[leaders[name]] = load_factors(state)
+                    self._running.factors[leading[name]] = load_factors(state)
 
     def _check_state(self, state: Any) -> tuple[Mapping[str, Any], list[Mapping[str, Tensor]]]:
         numbers, tensors = super()._check_state(state)

@@ -6,7 +6,7 @@ chunk of their own, whose single forward pass serves the gradient, the backward 
 linearised pass; the other rows see nothing but the gradient.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from natgrad.curvature.base import LayerSums, Statistics
 from natgrad.curvature.cotangents import validate_targets
+from natgrad.curvature.inverse import Eigenbasis
 from natgrad.curvature.kfac import check_captured, statistics_from, trainable_parts
 from natgrad.curvature.uncovered import couples_examples, squared_gradients
 from natgrad.layers.capture import Capture, Record
@@ -93,6 +94,8 @@ class Evaluator:
         diagonal: names of parameters outside of the layers whose diagonal of F is estimated too.
         inverses: they know in which eigenbases second moments of the gradient are wanted, and which cross factors.
         checked: whether a batch was compared with what model and likelihood expect; done once.
+        rotations: linear layers whose gradient is wanted as ``Q_Gᵀ ∇h Q_A``: the rows a and g are rotated, which
+            takes less than rotating the gradient where there are fewer of them than rows or columns in it.
     """
 
     view: ModelView
@@ -104,11 +107,12 @@ class Evaluator:
     diagonal: tuple[str, ...] = ()  # uncovered parameters whose diagonal Fisher is estimated
     checked: bool = False
     inverses: LayerInverses | None = None
+    rotations: Mapping[str, Eigenbasis] = field(default_factory=dict)
 
     def __call__(
         self,
         batches: Sequence[tuple[Any, Any]],
-        subsets: Subsets,
+        subsets: Subsets | None,
         generator: torch.Generator,
         into: Float[Tensor, " size"],
         keep_rows: bool = False,
@@ -119,7 +123,7 @@ class Evaluator:
 
         Args:
             batches: (inputs, targets) micro-batches of one batch.
-            subsets: the shares τ₁ and τ₂.
+            subsets: the shares τ₁ and τ₂; None where only loss and gradient are wanted.
             generator: the source of the subsets and of the sampled targets.
             into: a flat buffer that receives the gradient of the mean loss, without the l2 term.
             keep_rows: keep every a and g of the batch for the low-rank form.
@@ -180,17 +184,20 @@ class Evaluator:
             found.tapes.append(Tape(*again, layer_inputs, part.z.detach(), derivative))
 
     def _passes(
-        self, inputs: Any, targets: Any, subsets: Subsets, generator: torch.Generator, held_out: bool
+        self, inputs: Any, targets: Any, subsets: Subsets | None, generator: torch.Generator, held_out: bool
     ) -> Iterator[_Pass]:
         """Forward passes that hold every row once for the gradient, and the curvature rows together."""
         size = batch_size(inputs)
-        sampled, wanted = subsets.rows(size)
+        sampled, wanted = (0, 0) if subsets is None else subsets.rows(size)
         checked = min(wanted, size - wanted) if held_out else 0
         if self.chain is not None:
             replay = nullcontext()  # nothing is random in a chain
             record, z = self._forward(inputs, graph=False)
             if self.chain.fits(z):
                 record = ChainRecord(self.chain, {name: calls[0] for name, calls in record.inputs.items()})
+                if not wanted:
+                    yield _Pass(record, z, inputs, targets)
+                    return
                 if wanted >= size:
                     yield _Pass(record, z, inputs, targets, replay, True, sampled)
                     return
@@ -206,6 +213,9 @@ class Evaluator:
                 del record, z  # what all rows left behind is not needed any more
                 yield from parts
                 return
+        if not wanted:
+            yield _Pass(*self._forward(inputs), inputs, targets)
+            return
         if wanted >= size or couples_examples(self.view.module):
             replay = self.view.snapshot()
             yield _Pass(*self._forward(inputs), inputs, targets, replay, True, sampled)
@@ -261,7 +271,7 @@ class Evaluator:
         matrices = self.layout.blocks(into)
         if isinstance(part.record, ChainRecord):
             for name, a, g in part.record.layerwise(cotangent, consume=part.replay is None):
-                _add_products(part.record.layers[name], [(a, g)], matrices[name], add=add)
+                _add_products(part.record.layers[name], [(a, g)], matrices[name], self.rotations.get(name), add=add)
                 if keep_rows:
                     found.rows.setdefault(name, []).append((flatten_rows(a), flatten_rows(g)))
             return
@@ -276,7 +286,7 @@ class Evaluator:
         inputs = part.record.inputs
         for name in by_hand:
             pairs = zip(inputs.get(name, []), gradients.get(name, []), strict=True)
-            _add_products(part.record.layers[name], pairs, matrices[name], add=add)
+            _add_products(part.record.layers[name], pairs, matrices[name], self.rotations.get(name), add=add)
         for target, gradient in zip(others.values(), other_gradients, strict=True):
             if not add:
                 target.zero_()
@@ -286,12 +296,20 @@ class Evaluator:
             _keep_rows(part.record, gradients, found.rows)
 
 
-def _add_products(layer: nn.Linear, pairs: Iterable[tuple[Tensor, Tensor]], into: Tensor, *, add: bool) -> None:
-    """Write ``Σ g āᵀ`` over the calls of a linear layer to its block ``[W b]``, or add it."""
+def _add_products(
+    layer: nn.Linear, pairs: Iterable[tuple[Tensor, Tensor]], into: Tensor, basis: Eigenbasis | None, *, add: bool
+) -> None:
+    """Write ``Σ g āᵀ`` over the calls of a linear layer to its block ``[W b]``, or add it; in a basis if given."""
     weight, bias = trainable_parts(layer)
     beta = float(add)  # at 0 what was there does not matter, not even if it is not finite
     for a, g in pairs:
         a, g = flatten_rows(a), flatten_rows(g)
+        g = g if basis is None or basis.QG is None else g @ basis.QG
+        if basis is not None and basis.QA is not None:
+            QA = basis.QA
+            into.addmm_(g.T, torch.addmm(QA[-1], a, QA[:-1]) if bias else a @ QA, beta=beta)
+            beta = 1.0
+            continue
         if weight:
             into[:, : a.shape[-1]].addmm_(g.T, a, beta=beta)
         if bias:

@@ -1,7 +1,7 @@
 """The damped inverses in use: renewed now and then, kept where a factorisation fails."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,10 @@ class LayerInverses:
 
     Attributes:
         failures: how many decompositions failed so far.
+        constant: layers whose A is the same at every refresh: an eigenbasis of it, once found, stays.
     """
+
+    constant: Collection[str] = ()
 
     def __init__(self, form: Tikhonov) -> None:
         self.form = form
@@ -91,16 +94,24 @@ class LayerInverses:
     def refresh(self, factors: Mapping[str, Factors], damping: float | Tensor) -> None:
         """Decompose anew; a layer whose decomposition fails keeps what it had."""
         for name, block in factors.items():
-            exact = isinstance(self.form, ExactTikhonov)
             kept = self._kept.get(name)
-            previous = None if isinstance(kept, Eigenbasis) else kept
-            new = eigenbasis(block) if exact else invert_block(block, damping, self.form, previous=previous)
+            if isinstance(self.form, ExactTikhonov):
+                known = kept if name in self.constant and isinstance(kept, Eigenbasis) else None
+                new = eigenbasis(block, same_A=known)
+            else:
+                previous = None if isinstance(kept, Eigenbasis) else kept
+                new = invert_block(block, damping, self.form, previous=previous)
             if bool(new.ok):
                 assert isinstance(new, Eigenbasis | FactoredInverse | LowRankInverse)  # for the type checker
                 self._kept[name] = new
                 self._exact.pop(name, None)
             else:
                 self.failures += 1
+
+    def basis(self, name: str) -> Eigenbasis | None:
+        """The eigenbasis of a layer that the exact form keeps, or None where there has been no good one yet."""
+        kept = self._kept.get(name)
+        return kept if isinstance(kept, Eigenbasis) else None
 
     def get(self, name: str, damping: float) -> BlockInverse | None:
         """The inverse of a layer's damped block, or None where there has been no good one yet.

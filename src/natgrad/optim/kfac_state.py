@@ -13,7 +13,7 @@ from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, diagonal
 from natgrad.optim.inverses import LayerInverses
-from natgrad.optim.layer_state import load_factors, same_keys, same_shape, save_layer, warn_of_threads
+from natgrad.optim.layer_state import leaders, load_factors, same_keys, same_shape, save_layer, warn_of_threads
 
 if TYPE_CHECKING:
     from natgrad.optim.kfac import KFAC
@@ -42,13 +42,13 @@ def save_tensors(kfac: "KFAC", inverses: LayerInverses | None = None) -> list[di
     """
     inverses = kfac.proposals.inverses if inverses is None else inverses
     previous = kfac.layout.parameters(kfac._previous)
-    leaders = _leaders(kfac)
+    leading = leaders(kfac._coverage.blocks)
     saved = []
     for name, parameter in kfac.view.parameters.items():
         state = {"previous": previous[name].detach().clone()}
         factors = kfac._running.factors
-        if name in leaders:
-            layer = leaders[name]
+        if name in leading:
+            layer = leading[name]
             state |= save_layer(kfac._coverage.blocks[layer], factors.get(layer), inverses)
             state |= inverses.cross_state(layer, factors, state["A"])
         elif name in kfac._evaluator.diagonal:
@@ -140,24 +140,19 @@ def load(kfac: "KFAC", numbers: Mapping[str, Any], tensors: list[Mapping[str, Te
     known = kfac._update_number > 0
     kfac._running.updates = torch.full_like(kfac._lam, numbers["factor_updates"]) if known else None
     kfac._running.factors = {}
-    previous, leaders = kfac.layout.parameters(kfac._previous), _leaders(kfac)
+    previous, leading = kfac.layout.parameters(kfac._previous), leaders(kfac._coverage.blocks)
     diagonals: dict[str, Factors] = {}
     for name, saved in zip(kfac.view.names, tensors, strict=True):
         state = {key: value.detach().to(device) for key, value in saved.items()}
         previous[name].copy_(state["previous"])
-        if name in leaders:
+        if name in leading:
             if known:
-                kfac._running.factors[leaders[name]] = load_factors(state)
-            kfac.proposals.inverses.load(leaders[name], state)
+                kfac._running.factors[leading[name]] = load_factors(state)
+            kfac.proposals.inverses.load(leading[name], state)
             if known and "cross_A" in state:
-                pair = kfac.proposals.inverses.pairs[leaders[name]]
+                pair = kfac.proposals.inverses.pairs[leading[name]]
                 kfac._running.factors[pair] = Factors(state["cross_A"].clone(), state["cross_G"].clone())
         elif "squared_gradients" in state and known:
             squares, scale = state["squared_gradients"].flatten().clone(), state["squared_gradients_scale"].clone()
             diagonals[name] = Factors(Diagonal(squares), Diagonal(scale))
     kfac._running.factors |= diagonals
-
-
-def _leaders(kfac: "KFAC") -> dict[str, str]:
-    """The first trainable parameter of every covered layer → the layer."""
-    return {next(iter(block.members.values())): name for name, block in kfac._coverage.blocks.items()}

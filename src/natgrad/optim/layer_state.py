@@ -12,6 +12,11 @@ from natgrad.layers.rules import Block
 from natgrad.optim.inverses import LayerInverses
 
 
+def leaders(blocks: Mapping[str, Block]) -> dict[str, str]:
+    """The first trainable parameter of every covered layer, which its factors are saved with → the layer."""
+    return {next(iter(block.members.values())): name for name, block in blocks.items()}
+
+
 def save_layer(block: Block, factors: Factors | None, inverses: LayerInverses) -> dict[str, Tensor]:
     """Factors and inverse of one layer as matrices and flags; what is diagonal by definition as vectors.
 

@@ -36,6 +36,11 @@ class StaticInputs:
         self.inputs = inputs
         self._factors: dict[str, Tensor] | None = None
 
+    @property
+    def layers(self) -> frozenset[str]:
+        """The layers whose factor A is known; none before the first call of :meth:`factors`."""
+        return frozenset(self._factors or ())
+
     def factors(self, record: Record, inputs: Any) -> dict[str, Float[Tensor, "columns columns"]]:
         """A by layer name; found at the first call.
 
