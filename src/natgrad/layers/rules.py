@@ -195,19 +195,22 @@ class KroneckerRule(LayerRule):
     def shape(self, layer: Any, names: Sequence[str]) -> tuple[int, ...]:
         """(out, columns) of ``[W b]``."""
         weight = layer.weight
-        return weight.shape[0], ("weight" in names) * weight[0].numel() + ("bias" in names)
+        return weight.shape[0], ("weight" in names) * weight.shape[1:].numel() + ("bias" in names)
 
     def to_matrix(self, layer: Any, parts: Mapping[str, Tensor]) -> Tensor:
         """``[W b]``."""
-        columns = [part.flatten(1) if name == "weight" else part[:, None] for name, part in parts.items()]
+        columns = [part.flatten(1) if name == "weight" else part.unsqueeze(1) for name, part in parts.items()]
         return torch.cat(columns, dim=1) if len(columns) > 1 else columns[0]
 
     def from_matrix(self, layer: Any, V: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """W and b, views of V."""
         parts = {}
         if "weight" in names:
-            parts["weight"] = V[:, : layer.weight[0].numel()].unflatten(1, layer.weight.shape[1:])
-        return parts | ({"bias": V[:, -1]} if "bias" in names else {})
+            shape = layer.weight.shape
+            parts["weight"] = V.narrow(1, 0, shape[1:].numel()).view(shape)
+        if "bias" in names:
+            parts["bias"] = V.select(1, V.shape[1] - 1)
+        return parts
 
     def describe(self, block: Block) -> str:
         """Kronecker, columns x out."""
@@ -246,9 +249,12 @@ class DiagonalRule(LayerRule):
 
     def from_matrix(self, layer: Any, V: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """The inverse, as views."""
-        shapes = {name: self.parameters(layer)[name].shape for name in names}
-        parts = V[0].split([shape.numel() for shape in shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        parameters, row, start, parts = self.parameters(layer), V.select(0, 0), 0, {}
+        for name in names:
+            shape = parameters[name].shape
+            parts[name] = row.narrow(0, start, shape.numel()).view(shape)
+            start += shape.numel()
+        return parts
 
     def describe(self, block: Block) -> str:
         """Diagonal, and of what."""

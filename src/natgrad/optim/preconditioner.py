@@ -294,7 +294,8 @@ class Preconditioner:
         scaling = Unscaled() if self.scaling is None else self.scaling
         bare = 0
         for name, block in self._coverage.blocks.items():
-            gradient = gradient_of(block)
+            members = block.parameters
+            gradient = gradient_of(block, members)
             if gradient is None:
                 continue
             inverse = self._inverses.get(name, self._damping[name])
@@ -303,7 +304,7 @@ class Preconditioner:
                 continue
             gradient = gradient.to(diagonal(self._running.factors[name].A).dtype)
             U = inverse.apply(gradient)
-            proposals.append(Proposal(block, U, scaling.measure(gradient, U)))
+            proposals.append(Proposal(block, members, U, scaling.measure(gradient, U)))
         nu: Tensor | float = 1.0
         if proposals:
             scales, finite = replace_gradients(proposals, scaling)

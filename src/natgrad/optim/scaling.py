@@ -50,7 +50,7 @@ class KLClip:
 
     def measure(self, gradient: Tensor, update: Tensor) -> Float[Tensor, ""]:
         """``∇·U`` of one layer."""
-        return torch.sum(gradient * update)
+        return torch.dot(gradient.reshape(-1), update.reshape(-1))
 
     def scales(self, measures: Float[Tensor, " layers"]) -> Float[Tensor, " layers"]:
         """The same ν for every layer."""
