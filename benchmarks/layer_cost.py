@@ -95,7 +95,8 @@ def measure(
     }
     rows = {
         "SGD": None,
-        "statistics every 10, inverses every 100": ng.Renewal(100, (1,), 10),
+        "statistics every 10, of 1/4 of the rows, inverses every 100": ng.Renewal(100, (1,), 10, rows=0.25),
+        "statistics every 10, of all rows, inverses every 100": ng.Renewal(100, (1,), 10),
         "everything at every step": ng.Renewal(1, (), 1),
     }
     found = {}

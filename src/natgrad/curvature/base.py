@@ -113,6 +113,13 @@ class Statistics:
         layers = {name: sums.scaled(factor) for name, sums in self.layers.items()}
         return replace(self, layers=layers, examples=self.examples * factor, count=self.count * factor)
 
+    def standing_for(self, examples: int) -> "Statistics":
+        """These examples as those of a batch of so many: what a plain sum counts (1) is not multiplied."""
+        if examples == self.examples:
+            return self
+        found = self.scaled(examples / self.examples)
+        return found if self.additive else replace(found, count=self.count)
+
     def state(self) -> dict[str, Tensor]:
         """Plain tensors, keyed by layer name and sum."""
         state = {"examples": torch.tensor(self.examples, dtype=torch.float64)}

@@ -4,6 +4,7 @@ It ignores how output neurons interact. Its damped inverse needs a factor of the
 ``(A ⊗ α I + damping I)^{-1} = (A + damping/α I)^{-1} ⊗ I/α``.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from natgrad.curvature.base import Diagonal, Factors, LayerSums, Statistics, to_dense
 from natgrad.curvature.inverse import FactoredInverse
 from natgrad.curvature.kfac import check_captured
-from natgrad.curvature.layer_sums import input_sums
+from natgrad.curvature.layer_sums import input_sums, leading_use
 from natgrad.layers.capture import Capture, Record
 from natgrad.likelihoods import Likelihood
 from natgrad.linalg.spd import safe_eigh, spd_inverse
@@ -20,25 +21,36 @@ from natgrad.model_view import ModelView
 
 
 def collect_inputs(
-    view: ModelView, capture: Capture, likelihood: Likelihood, x: Any, *, y: Any = None, weight: Tensor | None = None
+    view: ModelView,
+    capture: Capture,
+    likelihood: Likelihood,
+    x: Any,
+    *,
+    y: Any = None,
+    weight: Tensor | None = None,
+    share: float = 1.0,
 ) -> Statistics:
     """Statistics of one batch's layer inputs; every G is the identity. No backward pass."""
     with view.curvature_pass(), view.snapshot():
         with torch.enable_grad(), capture.record() as record:
             z = view(x)
         check_captured(record, z)
-        return input_statistics(record, z.shape[0])
+        return input_statistics(record, z.shape[0], share)
 
 
 @torch.no_grad()
-def input_statistics(record: Record, batch: int) -> Statistics:
-    """The same from a recorded forward pass of so many examples."""
-    uses = record.uses
+def input_statistics(record: Record, batch: int, share: float = 1.0) -> Statistics:
+    """The same from a recorded forward pass of so many examples, or from the first ones of them."""
+    rows = math.ceil(share * batch)
+    uses = {
+        name: [leading_use(record.blocks[name], use, rows, batch) for use in found]
+        for name, found in record.uses.items()
+    }
     device = next((calls[0].input.device.type for calls in uses.values()), "cpu")
     with torch.autocast(device, enabled=False):
-        sums = {name: input_sums(block, uses.get(name, []), batch) for name, block in record.blocks.items()}
+        sums = {name: input_sums(block, uses.get(name, []), rows) for name, block in record.blocks.items()}
     layers = {name: LayerSums(s.A, s.A.new_ones(s.G.shape[0]) * s.rows, s.rows) for name, s in sums.items()}
-    return Statistics(layers, float(batch), float(batch))
+    return Statistics(layers, float(rows), float(rows)).standing_for(batch)
 
 
 def input_covariance_factors(factors: dict[str, Factors], alpha: float) -> dict[str, Factors]:

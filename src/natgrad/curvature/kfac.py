@@ -1,5 +1,6 @@
 """Block-diagonal K-FAC: statistics of a batch, factors, inverses of blocks [KFAC, sec. 3, 4.2, 5, 6.3]."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -59,10 +60,11 @@ def collect(
     diagonal_output: bool = True,
     bases: Mapping[str, Eigenbasis] | None = None,
     chain: bool = False,
+    share: float = 1.0,
 ) -> Statistics:
     """Statistics of one batch, by an eager pass of its own: works with compiled and checkpointed models.
 
-    Buffers and the global random streams are left as they were. Arguments as in :func:`statistics_from`; with
+    Buffers and the global random streams are left as they were. Arguments as in :func:`share_of_statistics`; with
     ``chain``, its ``order`` is found from the forward pass.
     """
     check_expectation(likelihood, expectation, y, samples)
@@ -73,10 +75,11 @@ def collect(
         check_captured(record, z)
         validate_targets(likelihood, z.detach(), y)
         with torch.autocast(z.device.type, enabled=False):
-            return statistics_from(
+            return share_of_statistics(
                 record,
                 z,
                 likelihood,
+                share=share,
                 targets=y,
                 weight=weight,
                 expectation=expectation,
@@ -203,6 +206,24 @@ def statistics_from(
         count = torch.as_tensor(likelihood.count(z_rows, targets, weight), dtype=z_rows.dtype, device=z.device)
     additive = expectation == "empirical" or not is_plain_sum(likelihood)
     return Statistics(sums, float(rows), count, additive)
+
+
+def share_of_statistics(
+    record: Record, z: Float[Tensor, "batch ..."], likelihood: Likelihood, *, share: float = 1.0, **how: Any
+) -> Statistics:
+    """As :func:`statistics_from`, estimated from the first examples: those count for the whole batch.
+
+    Args:
+        record: of the forward pass.
+        z: its output.
+        likelihood: p(y | z).
+        share: of the examples, in (0, 1].
+        how: as for :func:`statistics_from`.
+    """
+    batch = z.shape[0]
+    rows = math.ceil(share * batch)
+    found = statistics_from(record, z, likelihood, rows=rows if rows < batch else None, **how)
+    return found.standing_for(batch)
 
 
 def trainable_parts(layer: nn.Linear) -> tuple[bool, bool]:

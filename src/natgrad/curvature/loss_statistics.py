@@ -5,6 +5,7 @@ micro-batches, times the scale of a ``GradScaler``. c is what the derivative at 
 that reach the layers are divided by it, so that no scale of the loss changes the curvature.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from natgrad.curvature.base import Statistics
 from natgrad.curvature.cotangents import cotangents
 from natgrad.curvature.ekfac import GradientSquares
 from natgrad.curvature.inverse import Eigenbasis
-from natgrad.curvature.layer_sums import add_outputs, input_sums, leading_use
+from natgrad.curvature.layer_sums import add_outputs, input_sums, leading_examples, leading_use
 from natgrad.layers.capture import Record
 from natgrad.layers.passing import Passing
 from natgrad.layers.rules import DiagonalRule
@@ -38,6 +39,7 @@ class LossStatistics:
         targets: y.
         weight: per-target weights of the loss.
         bases: of layers whose squared per-example gradients are summed too, in that basis.
+        share: of the examples, the first ones, that the sums are made of; they stand for the whole batch.
     """
 
     def __init__(
@@ -49,14 +51,16 @@ class LossStatistics:
         targets: Any,
         weight: Tensor | None = None,
         bases: Mapping[str, Eigenbasis] | None = None,
+        share: float = 1.0,
     ) -> None:
-        self._rows, self._blocks = z.shape[0], record.blocks
+        self._batch, self._blocks = z.shape[0], record.blocks
+        self._rows = math.ceil(share * self._batch)
         wide = z.detach().to(torch.promote_types(z.dtype, torch.float32))
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             how = {"expectation": "empirical", "targets": targets, "weight": weight}
             (self._expected,) = (stack[0] for stack in cotangents(likelihood, wide, **how))
             self._uses = {
-                name: [leading_use(record.blocks[name], use, self._rows, self._rows) for use in found]
+                name: [leading_use(record.blocks[name], use, self._rows, self._batch) for use in found]
                 for name, found in record.uses.items()
             }
             self._sums = {
@@ -121,7 +125,7 @@ class LossStatistics:
                 sums.G.mul_(factor.to(sums.G.dtype))
             if sums.squares is not None:
                 sums.squares.mul_(factor.to(sums.squares.dtype))
-        return Statistics(self._sums, float(self._rows), float(self._rows), True)
+        return Statistics(self._sums, float(self._rows), float(self._rows), True).standing_for(self._batch)
 
     @torch.no_grad()
     def _at_output(self, gradient: Tensor | None) -> None:
@@ -154,7 +158,14 @@ class LossStatistics:
             for i, shape in enumerate(self._outputs[name])
         ]
         with torch.autocast(like.device.type, enabled=False):
-            add_outputs(sums, self._blocks[name], uses, gs, self._rows, self._rows)
+            if self._rows < self._batch:  # rows whose examples cannot be told apart are all there, and count less
+                gs = [
+                    g
+                    if (share := leading_examples(use.gradient(g), self._rows, self._batch)[1]) == 1
+                    else g * share**0.5
+                    for use, g in zip(uses, gs, strict=True)
+                ]
+            add_outputs(sums, self._blocks[name], uses, gs, self._rows, self._batch)
             if self._squares is not None:
                 self._squares.add({name: gs})
         self._uses[name] = []

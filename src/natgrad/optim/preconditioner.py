@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.curvature.base import diagonal, factors_from
+from natgrad.curvature.base import factors_from
 from natgrad.curvature.cotangents import Expectation, check_expectation, validate_targets
 from natgrad.curvature.input_covariance import collect_inputs, input_statistics
-from natgrad.curvature.kfac import check_captured, collect, statistics_from
+from natgrad.curvature.kfac import check_captured, collect, share_of_statistics
 from natgrad.curvature.loss_statistics import LossStatistics
 from natgrad.curvature.running import RunningFactors
 from natgrad.curvature.uncovered import couples_examples
@@ -200,14 +200,14 @@ class Preconditioner:
                 self._unchecked -= {name for name, calls in record.calls.items() if calls}
             validate_targets(self.likelihood, z.detach(), y)
             if self._inputs_only:
-                self._pending.add(input_statistics(record, z.shape[0]))
+                self._pending.add(input_statistics(record, z.shape[0], self._share))
             elif self._from_loss:
-                how = {"targets": y, "weight": weight, "bases": self._inverses.bases}
+                how = {"targets": y, "weight": weight, "bases": self._inverses.bases, "share": self._share}
                 self._pending.expect(LossStatistics(record, z, self.likelihood, **how))
             else:
                 how = self._settings(weight) | {"targets": y, "coupled": couples_examples(self.view.module)}
                 with torch.autocast(z.device.type, enabled=False):
-                    self._pending.add(statistics_from(record, z, self.likelihood, **how))
+                    self._pending.add(share_of_statistics(record, z, self.likelihood, **how))
         except RuntimeError as error:
             if "second time" in str(error):
                 raise RuntimeError("the graph of z is gone: call observe(z) before loss.backward()") from error
@@ -231,14 +231,18 @@ class Preconditioner:
         self._unchanged.check(self._coverage.blocks)
         model = self.view, self.capture, self.likelihood
         if self._inputs_only:
-            self._pending.add(collect_inputs(*model, inputs))
+            self._pending.add(collect_inputs(*model, inputs, share=self._share))
         else:
             self._pending.add(collect(*model, inputs, y=targets, **self._settings(weight)))
 
     def _settings(self, weight: Tensor | None) -> dict[str, Any]:
         """How statistics are estimated."""
         how = {"expectation": self.expectation, "generator": self._generator, "bases": self._inverses.bases}
-        return {**how, "weight": weight}
+        return {**how, "weight": weight, "share": self._share}
+
+    @property
+    def _share(self) -> float:
+        return self.periods.rows if isinstance(self.periods, Renewal) else 1.0
 
     @outside_autocast
     def step(self) -> None:
@@ -302,7 +306,7 @@ class Preconditioner:
             if inverse is None:
                 bare += 1
                 continue
-            gradient = gradient.to(diagonal(self._running.factors[name].A).dtype)
+            gradient = gradient.to(block.dtype)
             U = inverse.apply(gradient)
             proposals.append(Proposal(block, members, U, scaling.measure(gradient, U)))
         nu: Tensor | float = 1.0

@@ -158,10 +158,22 @@ class Renewal(Periods):
         inverses: as in :class:`Periods`.
         early: as in :class:`Periods`.
         statistics: the factors are estimated anew every so many steps.
+        rows: τ₁, the share of a batch's examples, its first ones, that an estimate is made from [KFAC, sec. 8]. The
+            batch goes through the model as a whole; sums over inputs and derivatives, most of the cost where layers
+            act at many positions, are those of these examples.
+
+    Raises:
+        ValueError: a period below 1, or a share outside (0, 1].
     """
 
     inverses: int = 20
     statistics: int = 5
+    rows: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.rows <= 1:
+            raise ValueError(f"Renewal(rows={self.rows}): expected a share of the examples, 0 < rows <= 1")
 
     def observes(self, update: int) -> bool:
         """Whether statistics are due at this step (counted from 1)."""
