@@ -5,6 +5,7 @@ between optimisers and the command line live beside it in `natgrad_lab`.
 """
 
 from natgrad import diagnostics, layers, linalg, testing, training
+from natgrad.curvature.discounted_covariance import PastGradients
 from natgrad.curvature.fisher import kronecker_fisher
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
@@ -70,6 +71,7 @@ __all__ = [
     "NaturalGradient",
     "NesterovSGD",
     "Newton",
+    "PastGradients",
     "Periods",
     "Poisson",
     "Preconditioned",

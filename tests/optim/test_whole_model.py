@@ -23,6 +23,9 @@ MAKERS: dict[str, Callable[..., WholeModelOptimizer]] = {
     "TONGA": lambda model, likelihood, **settings: ng.TONGA(
         model, likelihood, damping=1.0, momentum=0.5, gradients=8, **settings
     ),
+    "TONGA with a past": lambda model, likelihood, **settings: ng.TONGA(
+        model, likelihood, damping=1.0, past=ng.PastGradients(rank=5), **settings
+    ),
 }
 by_optimiser = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 LIKELIHOOD = ng.Bernoulli()

@@ -18,6 +18,7 @@ from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from natgrad.likelihoods.base import MeanParametrised
 from natgrad.model_view import Forward, ModelView
 from natgrad.operators.base import LinearOperator
+from natgrad.operators.chain_products import frozen_products
 from natgrad.operators.gradient_moments import EmpiricalFisher, GradientCovariance
 from natgrad.operators.jacobian_products import JacobianProducts, as_view, batched_grad, differentiable, join_columns
 from natgrad.operators.sandwich import JacobianSandwich, check_likelihood
@@ -50,7 +51,7 @@ class Jacobian(LinearOperator):
         self, model: nn.Module | ModelView, x: Any, *, forward: Forward | None = None, chunk_size: int | None = None
     ) -> None:
         view = as_view(model, forward)
-        self._products = JacobianProducts(view, x, chunk_size)
+        self._products = frozen_products(view, x, chunk_size)
         shape = (self._products.z.numel(), view.num_parameters)
         super().__init__(shape, dtype=view.dtype, device=view.device, domain=view)
 

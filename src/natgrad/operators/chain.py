@@ -63,6 +63,8 @@ class Chain:
                 pending = leaf
             else:
                 return None
+        if any(set(layer._parameters) != {"weight", "bias"} for layer in layers):
+            return None  # a weight that is computed from others
         if len({id(layer.weight) for layer in layers}) < len(layers):
             return None
         if not all(p is None or p.requires_grad for layer in layers for p in layer._parameters.values()):
@@ -95,7 +97,7 @@ class Chain:
             yield name, inputs[name], g.view(*inputs[name].shape[:-1], layer.out_features)
             a = inputs.pop(name)
             if index:
-                g = self._times_slope(index - 1, g @ layer.weight.detach(), a)
+                g = self.times_slope(index - 1, g @ layer.weight.detach(), a.flatten(0, -2))
 
     def tangents(
         self,
@@ -125,17 +127,23 @@ class Chain:
                     out = incoming @ weight if out is None else out.addmm_(incoming, weight)
                 flowing[k] = out
             if index < len(self.activations):
-                following = inputs[self.names[index + 1]]
-                flowing = [None if out is None else self._times_slope(index, out, following) for out in flowing]
+                following = inputs[self.names[index + 1]].flatten(0, -2)
+                flowing = [None if out is None else self.times_slope(index, out, following) for out in flowing]
         leading = inputs[self.names[0]].shape[:-1]
         last = self.layers[-1].out_features
         zero = inputs[self.names[0]].new_zeros(*leading, last)
         return [zero if out is None else out.view(*leading, last) for out in flowing]
 
-    def _times_slope(self, index: int, x: Tensor, following: Tensor) -> Tensor:
-        """In place: x times the derivative of the activation after layer ``index``, whose output is ``following``."""
+    def times_slope(self, index: int, x: Tensor, following: Tensor) -> Tensor:
+        """In place: x times the derivative of the activation after layer ``index``.
+
+        Args:
+            index: of the layer.
+            x: a tangent or cotangent of what came out.
+            following: the activation's output, which broadcasts to the shape of x.
+        """
         activation = self.activations[index]
-        return x if activation is None else _TIMES_SLOPE[type(activation)](x, following.flatten(0, -2))
+        return x if activation is None else _TIMES_SLOPE[type(activation)](x, following)
 
 
 class ChainRecord(Record):

@@ -19,6 +19,16 @@ from natgrad.model_view import Forward, ModelView, batch_size, tensor_leaves
 _COLUMN_BYTES = 2**30
 
 
+def affordable_columns(numbers: int, size: int) -> int:
+    """How many columns one pass may treat, at least one.
+
+    Args:
+        numbers: that a column needs room for.
+        size: of a number, in bytes.
+    """
+    return max(1, _COLUMN_BYTES // (size * numbers))
+
+
 def as_view(model: nn.Module | ModelView, forward: Forward | None = None) -> ModelView:
     """A `ModelView` of a model, or the given one.
 
@@ -189,7 +199,7 @@ class JacobianProducts:
         p = self.view.num_parameters
         widths = sum(parameter.shape[0] for parameter in self.parameters.values() if parameter.ndim > 1)
         activations = rows * widths + self.z.numel() + sum(leaf.numel() for leaf in tensor_leaves(self.inputs))
-        return max(1, _COLUMN_BYTES // (self.z.element_size() * (3 * p + activations)))
+        return affordable_columns(3 * p + activations, self.z.element_size())
 
     def _check_output(self) -> None:
         z = self.output

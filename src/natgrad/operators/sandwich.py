@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView
 from natgrad.operators.base import LinearOperator
+from natgrad.operators.chain_products import frozen_products
 from natgrad.operators.jacobian_products import JacobianProducts, as_view, join_columns
 
 
@@ -34,7 +35,7 @@ class JacobianSandwich(LinearOperator):
         check_likelihood(likelihood)
         view = as_view(model, forward)
         self.likelihood = likelihood
-        self._products = x if isinstance(x, JacobianProducts) else JacobianProducts(view, x, chunk_size)
+        self._products = x if isinstance(x, JacobianProducts) else frozen_products(view, x, chunk_size)
         p = view.num_parameters
         super().__init__((p, p), dtype=view.dtype, device=view.device, domain=view, codomain=view, symmetric=True)
 

@@ -1,16 +1,18 @@
 """TONGA: the gradient times the inverse covariance of the gradients of single examples.
 
 N. Le Roux, P.-A. Manzagol, Y. Bengio, "Topmoumoute online natural gradient algorithm", NIPS 2007; as compared with the
-natural gradient in [NATGRAD, sec. 4.1]. The covariance is that of the current batch, in low-rank form.
+natural gradient in [NATGRAD, sec. 4.1]. The covariance is that of the current batch, or a discounted mean over past
+batches too, in low-rank form.
 """
 
 import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from natgrad.curvature.discounted_covariance import DiscountedCovariance, PastGradients
 from natgrad.curvature.gradient_covariance import Blocks, LowRankCovariance, check_blocks
 from natgrad.curvature.gradient_rows import GradientRows
 from natgrad.curvature.per_example import PerExampleGradients
@@ -43,12 +45,16 @@ class TONGA(WholeModelOptimizer):
         centered: True takes the covariance of the derivation instead of U, and steps of no bounded length.
         blocks: "full"; "layer" or "tensor" drop the covariance between layers or parameters.
         gradients: at most so many examples of a batch, chosen at random, enter C; None for all of them.
+        past: what is kept of the covariances of past batches, as in the paper; C is then their discounted mean with
+            that of the batch. It costs ``rank (rank + n)`` inner products of the size of the parameters a step, and the
+            memory of ``rank`` copies of them. None: C is that of the batch alone.
         seed: of that choice.
         forward: ``forward(model, inputs) → z`` where the default call convention does not fit.
         chunk_size: examples in one pass of ``torch.func``, for parameters outside of linear layers.
 
     Attributes:
-        stats: of the last step: loss, lambda, trace (of C), rank (n at most), step_norm; skipped and updates in all.
+        stats: of the last step: loss, lambda, trace (of C), rank (of C, at most), step_norm; skipped and updates in
+            all.
 
     Raises:
         ValueError: a setting out of range.
@@ -67,6 +73,7 @@ class TONGA(WholeModelOptimizer):
         centered: bool = False,
         blocks: Blocks = "full",
         gradients: int | None = None,
+        past: PastGradients | None = None,
         seed: int = 0,
         forward: Forward | None = None,
         chunk_size: int | None = None,
@@ -89,9 +96,17 @@ class TONGA(WholeModelOptimizer):
         size = self.view.num_parameters if momentum else 0
         self._velocity = torch.zeros(size, dtype=self.view.dtype, device=self.view.device)
         self._collect = PerExampleGradients(self.view, chunk_size)
+        self.past = past
+        rank = 0 if past is None else past.rank
+        self._kept = torch.zeros(rank, self.view.num_parameters, dtype=self.view.dtype, device=self.view.device)
+        self._mass = self._scalar()  # of the past batches: Σ γ^(t−s)
 
     def _vectors(self) -> dict[str, Tensor]:
-        return {"velocity": self._velocity} if self.momentum else {}
+        velocity = {"velocity": self._velocity} if self.momentum else {}
+        return velocity | {f"past_{i}": row for i, row in enumerate(self._kept)}
+
+    def _numbers(self) -> dict[str, Tensor]:
+        return {} if self.past is None else {"mass": self._mass}
 
     @torch.no_grad()
     def step(  # pyrefly: ignore[bad-override] - evaluates the model itself
@@ -119,12 +134,13 @@ class TONGA(WholeModelOptimizer):
         check_examples_apart(self.view, "TONGA's covariance of gradients")
         buffers = self._buffers()
         rows, nll, gradient, count = self._evaluate(batches)
-        covariance = LowRankCovariance(rows, centered=self.centered, blocks=self.blocks)
+        now = LowRankCovariance(rows, centered=self.centered, blocks=self.blocks)
         if len(rows) == 1 and self.centered and self.damping is None:
             raise ValueError(
                 "inputs: the gradient of one example has no covariance; use larger batches, or centered=False or a "
                 "constant damping"
             )
+        covariance = now if self.past is None else DiscountedCovariance(self._kept, self._weight_of_past(), now)
         trace = covariance.trace()
         # gradients that are all alike have no covariance: the step is then 0 instead of infinite
         tiny = torch.finfo(trace.dtype).tiny
@@ -142,6 +158,8 @@ class TONGA(WholeModelOptimizer):
         if self.momentum:
             self._velocity.copy_(torch.where(usable, self.momentum * self._velocity + step, self._velocity))
             step = torch.where(usable, self._velocity, torch.zeros_like(step))
+        if isinstance(covariance, DiscountedCovariance):
+            self._keep(covariance, usable)
         self._add(step)
         self._count_step(usable, buffers)
         self.stats = Stats(
@@ -149,13 +167,24 @@ class TONGA(WholeModelOptimizer):
                 "loss": loss,
                 "lambda": damping,
                 "trace": trace,
-                "rank": min(len(rows) - self.centered, self.view.num_parameters),
+                "rank": min(len(rows) - self.centered + len(self._kept), self.view.num_parameters),
                 "step_norm": torch.linalg.vector_norm(step),
                 **self._counts,
                 "updates": self._update_number,
             }
         )
         return loss.to(direction.dtype)
+
+    def _weight_of_past(self) -> Float[Tensor, ""]:
+        """The share of the batches before in C."""
+        mass = (0.0 if self.past is None else self.past.discount) * self._mass
+        return mass / (mass + 1)
+
+    def _keep(self, covariance: DiscountedCovariance, usable: Bool[Tensor, ""]) -> None:
+        """The leading directions of C, for the batches to come; a batch that is not finite leaves what there was."""
+        assert self.past is not None
+        self._kept.copy_(torch.where(usable, covariance.leading(), self._kept))
+        self._mass.copy_(torch.where(usable, self.past.discount * self._mass + 1, self._mass))
 
     def _evaluate(
         self, batches: list[tuple[Any, Any]]
