@@ -52,11 +52,16 @@ class Watch:
             self.clear()
 
     def clear(self) -> None:
-        """Drop what was recorded; a pass that was interrupted from the keyboard ends here."""
+        """Drop what was recorded."""
+        self.settle()
         self._passes.clear()
+
+    def settle(self) -> None:
+        """End a pass that was interrupted from the keyboard, of which no hook is told."""
         if self._depth:
             self._depth = 0
             self._capture.stop()
+            self._passes.pop()
 
     def take(self, z: Tensor) -> Record:
         """The calls that z was computed by, and no others; they are handed out once.

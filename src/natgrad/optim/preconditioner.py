@@ -229,6 +229,7 @@ class Preconditioner:
         if not self.due:
             return
         self._unchanged.check(self._coverage.blocks)
+        self._watch.settle()
         model = self.view, self.capture, self.likelihood
         if self._inputs_only:
             self._pending.add(collect_inputs(*model, inputs, share=self._share))
