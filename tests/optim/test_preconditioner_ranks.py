@@ -106,3 +106,14 @@ def test_two_simulated_ranks(normalizer: str, structure: str, monkeypatch: pytes
         found = both._running.factors[name]
         torch.testing.assert_close(found.to_dense(), share * factors.to_dense(), rtol=1e-10, atol=1e-14)
     assert preconditioner_statistics.over_ranks(None, torch.device("cpu")) is None
+
+
+def test_sharded_parameters_are_refused() -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = mlp(4, 3, 3)
+        distributed.tensor.distribute_module(model[2], distributed.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"2\.weight: sharded over ranks \(a DTensor\).*DistributedDataParallel"):
+            ng.Preconditioner(model, ng.Bernoulli())
+    finally:
+        distributed.destroy_process_group()

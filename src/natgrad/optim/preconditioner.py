@@ -25,7 +25,7 @@ from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim import preconditioner_state
 from natgrad.optim.input_inverses import InputInverses
 from natgrad.optim.inverses import Tikhonov
-from natgrad.optim.preconditioner_checks import Unchanged, check_output, refuse_transforms
+from natgrad.optim.preconditioner_checks import Unchanged, check_output, refuse_shards, refuse_transforms
 from natgrad.optim.preconditioner_gradients import Proposal, gradient_of, outside_autocast, replace_gradients
 from natgrad.optim.preconditioner_settings import DEFAULT_DAMPING, damping_by_layer, layers_by_damping, uniform
 from natgrad.optim.preconditioner_statistics import Pending
@@ -117,6 +117,7 @@ class Preconditioner:
         check_likelihood(likelihood)
         check_expectation(likelihood, expectation, targets=(), samples=1)
         self.view, self.likelihood = ModelView(model, forward), likelihood
+        refuse_shards(self.view.parameters)
         self.periods, self.scaling, self.expectation = periods, scaling, expectation
         self._coverage = cover(self.view, uncovered, structure, sharing, exclude)
         if not self._coverage.blocks:

@@ -34,6 +34,20 @@ def refuse_transforms() -> None:
         )
 
 
+def refuse_shards(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters of which every rank has a part: factors of a part of a layer would be those of another layer.
+
+    Raises:
+        ValueError: there are some; one is named.
+    """
+    for name, p in parameters.items():
+        if "DTensor" in (type(p).__name__, type(p.data).__name__):
+            raise ValueError(
+                f"{name}: sharded over ranks (a DTensor), which has no factors; use DistributedDataParallel, or leave "
+                "it whole"
+            )
+
+
 class Unchanged:
     """The parameters that a model had when its layers were covered.
 
