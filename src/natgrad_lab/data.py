@@ -152,7 +152,15 @@ def _mnist(folder: Path | None, seed: int) -> tuple[Tensor, Tensor, str]:
     return pixels[:60_000], pixels[60_000:], description
 
 
-def _faces(folder: Path | None, seed: int) -> tuple[Tensor, Tensor, str]:
+def photographs(folder: Path | None = None) -> Tensor:
+    """The Olivetti photographs, float32 [400, 64, 64], ten of each of 40 persons, person by person.
+
+    Args:
+        folder: As for `load`.
+
+    Raises:
+        DataError: missing or corrupt files, a failed download.
+    """
     name = "olivettifaces.mat"
     paths = files.find([name], "olivetti", folder)
 
@@ -161,8 +169,13 @@ def _faces(folder: Path | None, seed: int) -> tuple[Tensor, Tensor, str]:
 
         return torch.from_numpy(fetch_olivetti_faces().images)
 
-    faces = files.read_faces(paths[name]) if paths is not None else _download("the Olivetti faces", fetch, [name])
-    train, test = split_faces(faces.float(), PATCHES_PER_FACE, seed)
+    return (
+        files.read_faces(paths[name]) if paths is not None else _download("the Olivetti faces", fetch, [name])
+    ).float()
+
+
+def _faces(folder: Path | None, seed: int) -> tuple[Tensor, Tensor, str]:
+    train, test = split_faces(photographs(folder), PATCHES_PER_FACE, seed)
     description = "FACES: 25 x 25 patches of the Olivetti photographs; the test set shows other persons."
     return train, test, description
 

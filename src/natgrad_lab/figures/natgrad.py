@@ -6,9 +6,12 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from natgrad_lab.figures import natgrad_comparison, natgrad_order
 from natgrad_lab.figures.drawing import INK, Drawing, draws
 from natgrad_lab.plots import style_axes
 from natgrad_lab.recipes.run import Record
+
+__all__ = ["natgrad_comparison", "natgrad_order"]  # figures 2, 4 and 5 and table 1; figure 3
 
 # The paper's: blue, gray, orange, purple.
 METHODS = {"gradient descent": "#7B3294", "natural gradient": "#6a737d", "covariance": "#E69F00", "Newton": "#0072B2"}

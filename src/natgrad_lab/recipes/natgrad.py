@@ -7,8 +7,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import natgrad as ng
+from natgrad_lab.recipes import natgrad_comparison, natgrad_order
 from natgrad_lab.recipes.base import Size, recipe
 from natgrad_lab.recipes.run import Run
+
+__all__ = ["natgrad_comparison", "natgrad_order"]  # figures 2, 4 and 5 and table 1; figure 3
 
 # The error is Σ (x − r)², that is the nll of a Gaussian of this variance: all matrices are the curvature of just this.
 VARIANCE = 0.5
