@@ -42,7 +42,7 @@ class NaturalGradient(WholeModelOptimizer):
         likelihood: p(y|z); its ``nll`` is the loss.
         solver: ``"minres_qlp"``, ``"cg"`` or a :class:`KrylovSolver` with its tolerance and number of iterations.
         lr: multiplies the solution; any ``lr_scheduler`` works, such as
-            :func:`natgrad.training.hyperbolic_decay`.
+            :class:`natgrad.training.HyperbolicDecay`.
         damping: λ at the first update, without η.
         rule: moves λ, or None to keep it.
         ratio: see above.

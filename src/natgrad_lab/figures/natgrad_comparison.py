@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.ticker import LogLocator
+
 from natgrad_lab.figures.drawing import COLOURS, INK, Drawing, canvas, draws
 from natgrad_lab.recipes.natgrad_comparison import COVARIANCE, DIFFERENT, MSGD, SAME, UNLABELLED
 from natgrad_lab.recipes.run import Record
@@ -88,6 +90,10 @@ def _curves(record: Record, xscale: str = "linear") -> Drawing:
             one.plot(updates, values[-len(updates) :], **line)
     for one, label in zip(axes[0], ("train: nll", "test: error, %"), strict=True):
         one.set(xscale=xscale, yscale="log", xlabel="updates")
+        for axis in (one.xaxis, one.yaxis) if xscale == "log" else (one.yaxis,):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axis.set_minor_formatter("{x:g}")
         one.set_title(label, color=INK["ink"], fontsize=11, loc="left")
     axes[0][0].legend(fontsize=9, frameon=False)
     ends = {n: {kind: [r[kind][-1] for r in found] for kind in ("train", "test")} for n, found in runs.items()}

@@ -24,7 +24,7 @@ def methods(common: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]) -> 
 
 FEW = {
     MSGD: {"metric": "none", "lr": 1.0},
-    UNLABELLED: {"metric": "unlabelled", "lr": 1.0, "damping": 2.0, "adapts": True},
+    UNLABELLED: {"metric": "unlabelled", "lr": 0.3, "damping": 2.0, "adapts": True},
     DIFFERENT: {"metric": "different", "lr": 0.1, "damping": 0.01},
     SAME: {"metric": "same", "lr": 0.1, "damping": 0.01},
     COVARIANCE: {"metric": "covariance", "lr": 1.0, "damping": 0.1},
@@ -44,8 +44,8 @@ FEW = {
             "test cases": 10_000,
             "hidden": [1500],
             "methods": methods(
-                {**NATURAL, "batch": 1000, "metric batch": 1000, "updates": 80, "every": 4},
-                {**FEW, MSGD: {**FEW[MSGD], "batch": 250, "updates": 1600, "every": 80}},
+                {**NATURAL, "batch": 1000, "metric batch": 1000, "updates": 60, "every": 4},
+                {**FEW, MSGD: {**FEW[MSGD], "batch": 250, "updates": 1200, "every": 80}},
             ),
         },
     ),
