@@ -71,9 +71,9 @@ def test_batches_of_the_metric_are_others_than_those_of_the_gradient() -> None:
 
     def step(x: Tensor, y: Tensor, *, metric_inputs: Tensor, join: bool) -> Any:
         seen.extend((x, metric_inputs))
-        return plain(training.optimizer, x, y, metric_inputs=metric_inputs, join=join)  # type: ignore[arg-type]
+        return plain(training.optimizer, x, y, metric_inputs=metric_inputs, join=join)
 
-    training.optimizer.step = step  # type: ignore[assignment]
+    training.optimizer.step = step
     training.advance()
     assert seen[0].shape == seen[1].shape and not torch.equal(seen[0].sort(0).values, seen[1].sort(0).values)
 

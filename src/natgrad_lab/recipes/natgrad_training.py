@@ -59,7 +59,7 @@ class Training:
     def __init__(self, problem: Problem, method: Mapping[str, Any], seed: int) -> None:
         self.problem, self.method = problem, method
         self.model = problem.make_model(seed)
-        self.optimizer = _optimizer(self.model, method, seed)
+        self.optimizer: Any = _optimizer(self.model, method, seed)
         self.batches = Batches(len(problem.x_train), seed)
         other = problem.unlabelled if method["metric"] in ("unlabelled", "joined") else problem.x_train
         if other is None:
@@ -83,10 +83,10 @@ class Training:
             ng.Categorical().nll(self.model(x), y).backward()
             self.optimizer.step()
         elif metric in ("same", "covariance"):
-            self.optimizer.step(x, y)  # pyrefly: ignore[bad-argument-count]
+            self.optimizer.step(x, y)
         else:
             u = self.metric_source[self.metric_batches.next(method["metric batch"])]
-            self.optimizer.step(x, y, metric_inputs=u, join=metric == "joined")  # pyrefly: ignore[unexpected-keyword]
+            self.optimizer.step(x, y, metric_inputs=u, join=metric == "joined")
         self.update += 1
 
     def evaluate(self) -> bool:
