@@ -88,7 +88,7 @@ MANY = {
             "filters": [[8, 5, 2], [16, 5, 2]],  # number, size, stride
             "hidden": [100],
             "methods": methods(
-                {**NATURAL, "batch": 1000, "metric batch": 1000, "updates": 100, "every": 5, "decay": [50, 20]}, MANY
+                {**NATURAL, "batch": 500, "metric batch": 500, "updates": 60, "every": 6, "decay": [40, 20]}, MANY
             ),
         },
     ),
@@ -130,11 +130,11 @@ FACES = {
             "side": 32,
             "given": 3,
             "unlabelled": 4,
-            "splits": 5,
+            "splits": 3,
             "filters": [[16, 12, 2]],
             "hidden": [128, 64],
             "methods": methods(
-                {**NATURAL, "batch": 80, "metric batch": 40, "updates": 60, "every": 3, "decay": [30, 20]}, FACES
+                {**NATURAL, "batch": 80, "metric batch": 40, "updates": 40, "every": 4, "decay": [30, 20]}, FACES
             ),
         },
     ),
