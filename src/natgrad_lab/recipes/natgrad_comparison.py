@@ -166,7 +166,7 @@ def figure_2(run: Run) -> None:
     title="what figures 2, 4 and 5 end with",
     source="[NATGRAD, table 1]",
     full=Size(1600, {"figures": ["natgrad-fig4", "natgrad-fig5", "natgrad-fig2"]}),
-    quick=Size(12, {}),
+    quick=Size(9, {}),
 )
 def table_1(run: Run) -> None:
     """The last errors of the three figures, from their finished records where they lie beside this run, else made."""

@@ -22,7 +22,7 @@ MSGD, NATURAL = "MSGD", "natural gradient"
 
 @recipe(
     "natgrad-fig3",
-    title="variance of the outputs by part of the data",
+    title="variance by resampled part of the data",
     source="[NATGRAD, fig. 3]",
     full=Size(
         600,
