@@ -36,7 +36,7 @@ FEW = {
     title="few digits: what the metric is made of",
     source="[NATGRAD, fig. 4]",
     full=Size(
-        600,
+        240,
         {
             "data": "mnist",
             "side": 14,
@@ -80,7 +80,7 @@ MANY = {
     title="all digits, with a convolutional network",
     source="[NATGRAD, fig. 5]",
     full=Size(
-        600,
+        180,
         {
             "data": "mnist",
             "side": 28,
@@ -124,7 +124,7 @@ FACES = {
     title="faces: a metric with unlabelled inputs",
     source="[NATGRAD, fig. 2]",
     full=Size(
-        400,
+        120,
         {
             "data": "faces",
             "side": 32,
@@ -165,7 +165,7 @@ def figure_2(run: Run) -> None:
     "natgrad-table1",
     title="what figures 2, 4 and 5 end with",
     source="[NATGRAD, table 1]",
-    full=Size(1600, {"figures": ["natgrad-fig4", "natgrad-fig5", "natgrad-fig2"]}),
+    full=Size(540, {"figures": ["natgrad-fig4", "natgrad-fig5", "natgrad-fig2"]}),
     quick=Size(9, {}),
 )
 def table_1(run: Run) -> None:

@@ -25,7 +25,7 @@ MSGD, NATURAL = "MSGD", "natural gradient"
     title="variance by resampled part of the data",
     source="[NATGRAD, fig. 3]",
     full=Size(
-        600,
+        360,
         {
             "data": "mnist",
             "side": 14,
