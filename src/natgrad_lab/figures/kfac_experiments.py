@@ -57,7 +57,7 @@ def figure_10(record: Record) -> Drawing:
     """Error against seconds (figure 10) and against iterations (figure 11), a row for each task."""
     c = record.configuration
     figures, rows = {}, []
-    for suffix, against, label in (("time", "seconds", "seconds"), ("iterations", "update", "iterations")):
+    for suffix, against, label in (("time", "cpu_seconds", "CPU-seconds"), ("iterations", "update", "iterations")):
         figure, axes = canvas(len(c["tasks"]), 1, width=8, height=0.6 + 3.6 * len(c["tasks"]))
         for (one,), task in zip(axes, c["tasks"], strict=True):
             for i, method in enumerate(c["methods"]):

@@ -25,7 +25,9 @@ def load_task(run: Run, name: str) -> data.Task:
     return task
 
 
-def session(run: Run, task: data.Task, name: str, method: Mapping[str, Any], updates: int) -> Session:
+def session(
+    run: Run, task: data.Task, name: str, method: Mapping[str, Any], updates: int, *, seed: int | None = None
+) -> Session:
     """The training run `name`, new or from its last checkpoint, until `updates` or the configured seconds.
 
     Args:
@@ -35,16 +37,24 @@ def session(run: Run, task: data.Task, name: str, method: Mapping[str, Any], upd
         method: "optimizer", a name of the registry; "m", a fixed batch size, or None for that of the registry's recipe
             (for K-FAC the growing one); what else there is goes to the optimiser, such as "structure" and "momentum".
         updates: How many.
+        seed: Of parameters, batches and sampling. None: the run's.
     """
     c = run.configuration
-    plan = Plan(task.name, method["optimizer"], c["seconds"], updates, run.seed, c["activation"])
+    seed = run.seed if seed is None else seed
+    plan = Plan(task.name, method["optimizer"], c["seconds"], updates, seed, c["activation"])
     folder = run.place(name)
     again = (folder / checkpoint.NAME).exists() or (folder / checkpoint.PREVIOUS).exists()
     return Session(task, plan, folder, resume=again, make=_maker(method, c["l2"]))
 
 
 def train(
-    run: Run, task: data.Task, name: str, method: Mapping[str, Any], updates: int | None = None
+    run: Run,
+    task: data.Task,
+    name: str,
+    method: Mapping[str, Any],
+    updates: int | None = None,
+    *,
+    seed: int | None = None,
 ) -> dict[str, Any]:
     """Train to the end; returns the columns of its evaluations.
 
@@ -52,7 +62,7 @@ def train(
         KeyboardInterrupt: at Ctrl-C, after a checkpoint.
     """
     updates = run.configuration["updates"] if updates is None else updates
-    training = session(run, task, name, method, updates)
+    training = session(run, task, name, method, updates, seed=seed)
     with run.bar(name, updates) as advance:
         for _ in range(training.runner.update):
             advance()
@@ -60,7 +70,7 @@ def train(
     if result.reason == "interrupted":
         raise KeyboardInterrupt
     evaluations = _evaluations(training.folder)
-    columns = ("update", "examples", "seconds", "train_error", "test_error")
+    columns = ("update", "examples", "cpu_seconds", "train_error", "test_error")
     return {"end": result.reason, **{key: [asdict(e)[key] for e in evaluations] for key in columns}}
 
 
