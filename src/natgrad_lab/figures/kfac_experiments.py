@@ -53,27 +53,37 @@ def figure_9(record: Record) -> Drawing:
 
 
 @draws("kfac-fig10")
+@draws("kfac-fig10-mnist")
+@draws("kfac-fig10-faces")
 def figure_10(record: Record) -> Drawing:
-    """Error against seconds (figure 10) and against iterations (figure 11), a row for each task."""
+    """Error against CPU-seconds (figure 10) and against iterations (figure 11), all seeds."""
     c = record.configuration
     figures, rows = {}, []
     for suffix, against, label in (("time", "cpu_seconds", "CPU-seconds"), ("iterations", "update", "iterations")):
-        figure, axes = canvas(len(c["tasks"]), 1, width=8, height=0.6 + 3.6 * len(c["tasks"]))
-        for (one,), task in zip(axes, c["tasks"], strict=True):
-            for i, method in enumerate(c["methods"]):
-                _line(one, record.results[f"{task}, {method}"], against, COLOURS[i % len(COLOURS)], method)
-            one.set(xscale="log", ylabel="training error")
-            one.set_title(task.upper(), color=INK["ink"], fontsize=11, loc="left")
-        axes[-1][0].set_xlabel(label)
-        axes[0][0].legend(fontsize=8, frameon=False)
+        figure, ((axes,),) = canvas(1, 1, width=8, height=4.6)
+        for i, method in enumerate(c["methods"]):
+            for j, found in enumerate(_seeds(record, method)):
+                _line(axes, found, against, COLOURS[i % len(COLOURS)], method if j == 0 else None, faint=j > 0)
+        axes.set(xscale="log", xlabel=label, ylabel="training error")
+        axes.set_title(c["task"].upper(), color=INK["ink"], fontsize=11, loc="left")
+        axes.legend(fontsize=8, frameon=False)
         figures[suffix] = figure
-    for task in c["tasks"]:
-        tri, diag = (record.results[f"{task}, Blk-{which} K-FAC"] for which in ("TriDiag", "Diag"))
-        gain = progress_gain(diag, tri)
-        rows.append((f"{task}: N_diag / N_tri − 1", "25 to 40 %", "–" if gain is None else f"{100 * gain:.0f} %"))
-        for method in c["methods"]:
-            rows.append((f"{task}, {method}", "–", _last(record.results[f"{task}, {method}"])))
+    for name, (tri, diag) in c["compared"].items():
+        gains = [progress_gain(d, t) for t, d in zip(_seeds(record, tri), _seeds(record, diag), strict=True)]
+        shown = sorted(gain for gain in gains if gain is not None)
+        text = " ".join(f"{100 * gain:.0f} %" for gain in shown) or "–"
+        if len(shown) > 1:
+            text = f"{100 * median(shown):.0f} % (seeds: {text})"
+        rows.append((f"N_diag / N_tri − 1, {name}", "25 to 40 %", text))
+    for method in c["methods"]:
+        for seed, found in zip(c["seeds"][method], _seeds(record, method), strict=True):
+            rows.append((f"{method}, seed {seed}: last error", "–", _last(found)))
     return Drawing(figures, rows)
+
+
+def _seeds(record: Record, method: str) -> list[dict[str, Any]]:
+    """A method's runs, in the order of the seeds."""
+    return [record.results[f"{method}, seed {seed}"] for seed in record.configuration["seeds"][method]]
 
 
 def progress_gain(slower: dict[str, Any], faster: dict[str, Any]) -> float | None:
@@ -96,10 +106,12 @@ def updates_to(found: dict[str, Any], error: float) -> float | None:
     return float(points[0][0]) if points and points[0][1] <= error else None
 
 
-def _line(axes: Any, found: dict[str, Any], against: str, colour: str, label: str) -> None:
+def _line(
+    axes: Any, found: dict[str, Any], against: str, colour: str, label: str | None, *, faint: bool = False
+) -> None:
     rows = zip(found[against], found["train_error"], strict=True)
     points = [(x, e) for x, e in rows if e is not None and e > 0]
-    axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=label)
+    axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, alpha=0.4 if faint else 1.0, label=label)
     axes.set_yscale("log")
 
 
