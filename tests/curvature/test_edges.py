@@ -9,7 +9,7 @@ from torch import Tensor
 
 import natgrad as ng
 from natgrad.curvature.base import Factors
-from natgrad.curvature.edges import CoupledInverse, canonical, invert_chain
+from natgrad.curvature.edges import CoupledInverse, canonical, carriers, invert_chain
 from natgrad.curvature.pairs import pair_key
 
 
@@ -50,6 +50,31 @@ def test_equals_the_papers_form(widths: list[int], examples: int, bias: bool, se
     found, dense = stacked(applied(inverse, order, V), order), k._chain.inverse(0.05, rule).to_dense()
     expected = dense @ stacked(V, order)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9 * float(expected.abs().max()))
+
+
+@given(widths=st.lists(st.integers(1, 6), min_size=2, max_size=7), seed=st.integers(0, 99))
+def test_an_edge_applies_the_inverse_of_its_smaller_layer_along(widths: list[int], seed: int) -> None:
+    net, x = Net(widths, seed=seed), draw(8, widths[0], seed=seed)
+    _, order, factors = estimated(net, x)
+    inverse = invert_chain(order, factors, 0.05, ng.FactoredTikhonov())
+    V = {n: draw(*(len(factors[n].G), len(factors[n].A)), seed=i) for i, n in enumerate(order)}
+    expected, carried = applied(inverse, order, V), carriers(order, inverse.edges)
+    U = {n: inverse.blocks[n].apply(V[n]).neg() if n not in carried else torch.zeros_like(V[n]) for n in order}
+    for pair in zip(order[:-1], order[1:], strict=True):
+        edge = inverse.edges[pair_key(*pair)]
+        whole = edge.whole is not None and carried.get(pair[edge.whole]) == pair_key(*pair)
+        edge.subtract([V[n] for n in pair], [U[n] for n in pair], whole=whole)
+    for name in order:
+        torch.testing.assert_close(-U[name], expected[name], rtol=1e-8, atol=1e-9 * float(expected[name].abs().max()))
+
+
+def test_layers_of_an_autoencoder_that_an_edge_carries() -> None:
+    net, x = Net([8, 6, 4, 2, 4, 6, 8]), draw(9, 8)
+    _, order, factors = estimated(net, x)
+    inverse = invert_chain(order, factors, 0.05, ng.FactoredTikhonov())
+    found = carriers(order, inverse.edges)
+    expected = {order[1]: order[:2], order[2]: order[1:3], order[3]: order[3:5], order[4]: order[4:6]}
+    assert found == {name: pair_key(*pair) for name, pair in expected.items()}
 
 
 def test_single_precision() -> None:

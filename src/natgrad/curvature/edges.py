@@ -73,17 +73,41 @@ class Edge:
         self._lower = torch.outer(*of_lower).mul_(self.weight)
         self._upper = torch.outer(*of_upper).mul_(self.weight)
 
-    def subtract(self, V: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    @property
+    def whole(self) -> int | None:
+        """0 for the lower layer, 1 for the upper one: the one that has fewer dimensions in both factors; else None.
+
+        Its coordinates span everything, ``Y Yᵀ = A_{i+1}^{-1}``: its own inverse is the unit matrix in them.
+        """
+        if self.A.whitens_lower != self.G.whitens_lower:
+            return None
+        return 0 if self.A.whitens_lower else 1
+
+    def subtract(self, V: Sequence[Tensor], into: Sequence[Tensor], *, whole: bool = False) -> None:
         """Subtract both corrections from two buffers.
 
         Args:
             V: the matrices of the lower and of the upper layer, ``[out, columns]``.
             into: buffers shaped like them.
+            whole: subtract the own inverse of the layer :attr:`whole` along, at no cost: with s²/(1 − s²) for its
+                correction the two are 1/(1 − s²).
         """
+        of_lower = self.weight if whole and self.whole == 0 else self._lower
+        of_upper = self.weight if whole and self.whole == 1 else self._upper
         P = _coordinates(self.G.X, V[0].to(self.weight.dtype), self.A.X)
         Q = _coordinates(self.G.Y, V[1].to(self.weight.dtype), self.A.Y)
-        _subtract_product(self.G.X, (self._lower * P).addcmul_(self.weight, Q, value=-1), self.A.X, into[0])
-        _subtract_product(self.G.Y, (self._upper * Q).addcmul_(self.weight, P, value=-1), self.A.Y, into[1])
+        _subtract_product(self.G.X, (of_lower * P).addcmul_(self.weight, Q, value=-1), self.A.X, into[0])
+        _subtract_product(self.G.Y, (of_upper * Q).addcmul_(self.weight, P, value=-1), self.A.Y, into[1])
+
+
+def carriers(order: Sequence[str], edges: Mapping[str, Edge]) -> dict[str, str]:
+    """By layer, the key of the first edge that can apply the layer's own inverse along (:attr:`Edge.whole`)."""
+    found: dict[str, str] = {}
+    for pair in zip(order[:-1], order[1:], strict=True):
+        edge = edges.get(pair_key(*pair))
+        if edge is not None and edge.whole is not None and pair[edge.whole] not in found:
+            found[pair[edge.whole]] = pair_key(*pair)
+    return found
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,32 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.base import Factors
-from natgrad.curvature.edges import Canonical, Edge, invert_chain
+from natgrad.curvature.edges import Canonical, Edge, carriers, invert_chain
+from natgrad.curvature.inverse import BlockInverse, FactoredInverse
 from natgrad.curvature.pairs import pair_key
 from natgrad.damping import FactoredTikhonov
 from natgrad.layers.capture import Record
 from natgrad.optim.inverses import LayerInverses
+
+
+class Elsewhere:
+    """The inverse of a layer that an edge applies along with its correction: nothing is left to do.
+
+    Args:
+        inverse: that one.
+    """
+
+    def __init__(self, inverse: FactoredInverse) -> None:
+        self.ok = inverse.ok
+        self._inverse = inverse
+
+    def apply(self, V: Tensor) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(V)
+
+    def to_dense(self) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(self._inverse.to_dense())
 
 
 class ChainInverses(LayerInverses):
@@ -33,6 +54,7 @@ class ChainInverses(LayerInverses):
         self.clipped: Tensor | int = 0
         self._ordered = False
         self._edges: dict[str, Edge] = {}
+        self._carried: dict[str, str] = {}
 
     @property
     def pairs(self) -> dict[str, str]:
@@ -50,23 +72,33 @@ class ChainInverses(LayerInverses):
         new = invert_chain(self.names, factors, damping, self.rule)
         if bool(new.ok):
             self._kept, self._edges = {}, new.edges
+            self._carried = carriers(self.names, self._edges)
             self._kept.update(new.blocks)
             counts = [edge.clipped for edge in new.edges.values()]
             self.clipped = torch.stack(counts).sum() if counts else 0
         else:
             self.failures += 1
 
+    def at(self, name: str, damping: float | Tensor) -> BlockInverse | None:
+        """As in the base class; of a layer whose inverse :meth:`couple` applies along, none of it."""
+        kept = self._kept.get(name)
+        if isinstance(kept, FactoredInverse) and name in self._carried:
+            return Elsewhere(kept)
+        return kept if isinstance(kept, FactoredInverse) else None
+
     def couple(self, gradients: Mapping[str, Tensor], proposals: Mapping[str, Tensor]) -> None:
-        """Add what neighbours contribute to proposals ``−F̆^{-1} ∇h`` that are there already.
+        """Add what neighbours contribute to proposals that are there already, ``−F̆^{-1} ∇h`` by :meth:`at`.
 
         Args:
             gradients: by layer name.
             proposals: likewise; changed in place.
         """
-        for lower, upper in zip(self.names[:-1], self.names[1:], strict=True):
-            edge = self._edges.get(pair_key(lower, upper))
+        for pair in zip(self.names[:-1], self.names[1:], strict=True):
+            key = pair_key(*pair)
+            edge = self._edges.get(key)
             if edge is not None:
-                edge.subtract([gradients[lower], gradients[upper]], [proposals[lower], proposals[upper]])
+                whole = edge.whole is not None and self._carried.get(pair[edge.whole]) == key
+                edge.subtract([gradients[n] for n in pair], [proposals[n] for n in pair], whole=whole)
 
     def state(self, name: str, shapes: tuple[Sequence[int], Sequence[int]], like: Tensor) -> dict[str, Tensor]:
         """What a checkpoint needs of one layer, and of its pair with the next."""
@@ -92,6 +124,7 @@ class ChainInverses(LayerInverses):
         if name in self._kept:
             A, G = (Canonical(*(state[f"edge_{key}_{part}"].clone() for part in ("X", "Y", "squares"))) for key in "AG")
             self._edges[pair] = Edge(A, G)
+        self._carried = carriers(self.names, self._edges)
 
     def save_order(self) -> dict[str, Tensor]:
         """The chain's layers as numbers in the order of the modules."""
