@@ -1,4 +1,4 @@
-"""The experiments of [KFAC, secs. 6.4, 13]: figures 7, 9, 10 and 11. Full sizes take hours; stopped ones go on."""
+"""The experiments of [KFAC, secs. 6.4, 13]: figures 7, 9, 10 and 11. Stopped runs go on."""
 
 from typing import Any, cast
 
