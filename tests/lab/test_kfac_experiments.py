@@ -23,7 +23,7 @@ def test_stopped_training_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: p
         task = load_task(run, "digits")
         assert len(task.x_train) == 300
         if not stops:
-            return train(run, task, "part", method)
+            return train(run, task, "part", method, 12)
         plain = Runner.advance
 
         def advance(self: Runner) -> None:
@@ -35,8 +35,8 @@ def test_stopped_training_goes_on_to_the_same_end(tmp_path: Path, monkeypatch: p
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(Runner, "advance", advance)
-            train(run, task, "part", method)
-        return train(Run(find("kfac-fig10"), tmp_path / folder, quick=True), task, "part", method)
+            train(run, task, "part", method, 12)
+        return train(Run(find("kfac-fig10"), tmp_path / folder, quick=True), task, "part", method, 12)
 
     whole, stopped = columns("whole", False), columns("stopped", True)
     assert whole["update"] == stopped["update"] and whole["update"][-1] == 12
