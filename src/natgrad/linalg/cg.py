@@ -87,7 +87,7 @@ def cg(
         if on_host:  # where asking costs nothing, vectors are overwritten instead of selected
             if not running:
                 break
-            p = z.clone() if i == 1 else p.mul_(rz / rz_before).add_(z)
+            p = z.clone() if i == 1 else torch.addcmul(z, p, rz / rz_before, out=p)
         else:
             p = torch.where(running, z if i == 1 else torch.addcmul(z, p, rz / rz_before), p)
         Ap = system.product(p)

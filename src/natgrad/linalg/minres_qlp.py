@@ -20,6 +20,9 @@ from torch import Tensor
 
 from natgrad.linalg.krylov import Progress, Solution, StoppingRule, System, Vector, all_rules
 
+# The recurrences of the solution are evaluated in blocks that stay in a CPU's cache: so many elements of each vector.
+_BLOCK = 2**17
+
 
 def minres_qlp(
     matvec: Any,
@@ -86,6 +89,7 @@ class _Run:
         self.y_before, self.y = torch.zeros_like(b), self.r.clone()
         self.z = system.precondition(self.y)
         self.wl, self.w, self.xl2 = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b)
+        self.v = torch.empty_like(b)
         norm = torch.linalg.vector_norm
         sizes = torch.stack((norm(b), norm(self.r), torch.dot(self.r, self.z))).tolist()
         self.rhs_norm, self.residual_norm, squared = sizes
@@ -106,11 +110,12 @@ class _Run:
     def iterate(self) -> str | None:
         """One Lanczos step, the rotations and the update of the solution; why to stop, or None."""
         s, beta = self.scalars, self.scalars.beta
-        v = self.z / beta
+        v = torch.div(self.z, beta, out=self.v)
         product = self.system.product(v)
-        y = product if self.k == 0 else torch.sub(product, self.y_before, alpha=beta / s.beta_before)
+        # in the memory of the vector that nobody needs any more, and never in that of the product: it may be v
+        y = torch.sub(product, self.y_before, alpha=beta / s.beta_before if self.k else 0.0, out=self.y_before)
         alpha = torch.dot(y, v)
-        y = torch.addcmul(y, self.y, alpha, value=-1 / beta)
+        y.addcmul_(self.y, alpha, value=-1 / beta)
         z = self.system.precondition(y)
         numbers = [alpha, torch.linalg.vector_norm(y)]
         if self.system.preconditioned:  # with what ‖r‖ needs, in the same reading
@@ -133,13 +138,12 @@ class _Run:
                 self.scalars, self.residual_norm = before, before.phi
                 return reason
         self.k += 1
-        self._rotate(v)
+        self._update_vectors(y, ended)
         self.y_before, self.y, self.z = self.y, y, z
         if reason is not None:
             self.dropped = True
             return reason
         self.residual_norm = residual_norm
-        self.r.mul_(s.s**2).add_(y, alpha=0.0 if ended else -s.phi * s.c / s.beta)
         if self.needs_model:
             self._append_model_value()
         if self.k in self.system.store:
@@ -177,16 +181,22 @@ class _Run:
         s = self.scalars
         return (self.start + self.xl2).add_(self.wl, alpha=s.u[1]).add_(self.w, alpha=s.u[2])
 
-    def _rotate(self, v: Tensor) -> None:
-        """``W_k = V_k P_k``: the last three columns change; the third last is final and enters x."""
-        s = self.scalars
-        if self.k == 1:
-            self.w = v
-            return
-        third = (self.wl * s.s2).sub_(v, alpha=s.c2)
-        self.xl2.add_(self.wl, alpha=s.c2 * s.u[0]).add_(v, alpha=s.s2 * s.u[0])
-        self.wl = (self.w * s.c1).add_(third, alpha=s.s1)
-        self.w = (self.w * s.s1).sub_(third, alpha=s.c1)
+    def _update_vectors(self, y: Tensor, ended: bool) -> None:
+        """``W_k = V_k P_k``: the last three columns change, the third last is final and enters x; and the residual."""
+        s, n = self.scalars, len(y)
+        of_y = 0.0 if ended else -s.phi * s.c / s.beta
+        size = _BLOCK if y.device.type == "cpu" else n
+        scratch = y.new_empty(min(size, n))
+        vectors = (self.v, y, self.r, self.w, self.wl, self.xl2)
+        for v, y_part, r, w, wl, xl2 in zip(*(vector.split(size) for vector in vectors), strict=True):
+            r.mul_(s.s**2).add_(y_part, alpha=of_y)
+            if self.k == 1:
+                w.copy_(v)
+                continue
+            third = torch.mul(wl, s.s2, out=scratch[: len(v)]).sub_(v, alpha=s.c2)
+            xl2.add_(wl, alpha=s.c2 * s.u[0]).add_(v, alpha=s.s2 * s.u[0])
+            torch.mul(w, s.c1, out=wl).add_(third, alpha=s.s1)
+            w.mul_(s.s1).sub_(third, alpha=s.c1)
 
     def _residual_norm(self, inner: list[float], ended: bool) -> float:
         s = self.scalars

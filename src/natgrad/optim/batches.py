@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.model_view import batch_size, select_rows
+from natgrad.model_view import batch_size, select_rows, tensor_leaves
 
 
 def micro_batches(inputs: Any, targets: Any, size: int | None) -> list[tuple[Any, Any]]:
@@ -76,3 +76,51 @@ def share_of(
                 rows = part.sort().values
                 into.append((select_rows(x, rows), select_rows(y, rows)))
     return chosen, others
+
+
+def other_batch(name: str, pair: Any, inputs: Any, size: int | None) -> list[tuple[Any, Any]]:
+    """The micro-batches of a batch beside that of the gradient.
+
+    Args:
+        name: of the argument.
+        pair: (inputs, targets), whatever the caller gave.
+        inputs: those of the gradient's batch, or one of its micro-batches.
+        size: at most this many examples in a micro-batch.
+
+    Raises:
+        TypeError: no pair.
+        ValueError: inputs of another form, or lengths that differ.
+    """
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or pair[1] is None:
+        raise TypeError(f"{name}: expected a pair (inputs, targets), got {type(pair).__name__}")
+    try:
+        found = micro_batches(pair[0], pair[1], size)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    check_same_form(name, pair[0], inputs)
+    return found
+
+
+def check_same_form(name: str, given: Any, inputs: Any) -> None:
+    """Refuses inputs whose examples are not like those of the batch.
+
+    Args:
+        name: of the argument.
+        given: its value.
+        inputs: of the batch.
+
+    Raises:
+        ValueError: another number of tensors, another dtype, or examples of another shape.
+    """
+    found, expected = _forms(given), _forms(inputs)
+    if [form[1:] for form in found] != [form[1:] for form in expected]:
+        raise ValueError(f"{name}: {_described(found)}; expected what inputs have, {_described(expected)}")
+
+
+def _forms(inputs: Any) -> list[tuple[int, torch.dtype, torch.Size]]:
+    """Examples, dtype and shape of an example, of every tensor."""
+    return [(len(leaf) if leaf.ndim else 0, leaf.dtype, leaf.shape[1:]) for leaf in tensor_leaves(inputs)]
+
+
+def _described(forms: list[tuple[int, torch.dtype, torch.Size]]) -> str:
+    return " and ".join(f"{[rows, *shape]} {dtype}" for rows, dtype, shape in forms) or "no tensor"

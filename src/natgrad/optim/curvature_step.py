@@ -12,6 +12,7 @@ from natgrad.curvature.per_example import PerExampleGradients
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward
 from natgrad.operators.gradient_moments import check_examples_apart
+from natgrad.optim.batches import other_batch
 from natgrad.optim.inner_solve import DiagonalPreconditioner
 from natgrad.optim.newton import Evaluated, NewtonModel
 from natgrad.optim.objective import Curvature, Objective, curvature_name
@@ -87,13 +88,14 @@ class CurvatureStepOptimizer(WholeModelOptimizer):
         raise NotImplementedError(f"{type(self).__name__} must implement _update")
 
     def _evaluate_and_update(
-        self, inputs: Any, targets: Any, micro_batch_size: int | None, closure: Any, second: tuple[Any, Any] | None
+        self, inputs: Any, targets: Any, micro_batch_size: int | None, closure: Any, **second: Any
     ) -> Float[Tensor, ""] | None:
-        """A whole step; ``second`` is (inputs, targets) of another batch, or None."""
+        """A whole step; ``second`` names the argument with (inputs, targets) of another batch, or None."""
         batches = self._batches(inputs, targets, micro_batch_size, closure)
         if batches is None:
             return None
-        others = None if second is None else self._batches(*second, micro_batch_size, None)
+        ((name, pair),) = second.items()
+        others = None if pair is None else other_batch(name, pair, batches[0][0], micro_batch_size)
         if self._collect is not None:
             check_examples_apart(self.view, f"the preconditioner of single gradients ({self._without} does without)")
         buffers = self._buffers()

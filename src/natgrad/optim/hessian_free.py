@@ -121,10 +121,10 @@ class HessianFree(CurvatureStepOptimizer):
             the parameters stay and ``stats["rejected"]`` counts it.
 
         Raises:
-            TypeError: a closure is given.
+            TypeError: a closure is given, or a curvature batch that is no pair.
             ValueError: inputs or targets that do not fit.
         """
-        return self._evaluate_and_update(inputs, targets, micro_batch_size, closure, curvature_batch)
+        return self._evaluate_and_update(inputs, targets, micro_batch_size, closure, curvature_batch=curvature_batch)
 
     def _update(
         self, objective: Objective, batch: Evaluated, batches: Batches, second: Batches | None

@@ -129,10 +129,10 @@ class KrylovDescent(CurvatureStepOptimizer):
             stay and ``stats["rejected"]`` counts it.
 
         Raises:
-            TypeError: a closure is given.
+            TypeError: a closure is given, or a second batch that is no pair.
             ValueError: inputs or targets that do not fit.
         """
-        return self._evaluate_and_update(inputs, targets, micro_batch_size, closure, search_batch)
+        return self._evaluate_and_update(inputs, targets, micro_batch_size, closure, search_batch=search_batch)
 
     def _update(
         self, objective: Objective, batch: Evaluated, batches: Batches, second: Batches | None

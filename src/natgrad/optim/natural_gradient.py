@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from natgrad.damping_rules import LevenbergMarquardt
 from natgrad.likelihoods import Likelihood
 from natgrad.linalg import Solution
-from natgrad.model_view import Forward, batch_size, select_rows, tensor_leaves
+from natgrad.model_view import Forward, batch_size, select_rows
 from natgrad.operators.damped import DampedSum
+from natgrad.optim.batches import check_same_form
 from natgrad.optim.krylov_preconditioner import KroneckerPreconditioner, SolverPreconditioner
 from natgrad.optim.newton import Evaluated, KrylovSolver, NewtonModel, Part
 from natgrad.optim.stats import Stats
@@ -217,9 +218,7 @@ class NaturalGradient(WholeModelOptimizer):
                 "these inputs have not; leave metric_inputs out"
             )
         rows = batch_size(metric_inputs, "metric_inputs")
-        given, expected = _forms(metric_inputs), _forms(inputs)
-        if [form[1:] for form in given] != [form[1:] for form in expected]:
-            raise ValueError(f"metric_inputs: {_described(given)}; expected what inputs have, {_described(expected)}")
+        check_same_form("metric_inputs", metric_inputs, inputs)
         pieces = [slice(i, i + size) for i in range(0, rows, size)] if size and size < rows else [None]
         try:
             return self._newton.metric_parts(
@@ -256,12 +255,3 @@ class NaturalGradient(WholeModelOptimizer):
                 "updates": self._update_number,
             }
         )
-
-
-def _forms(inputs: Any) -> list[tuple[int, torch.dtype, torch.Size]]:
-    """Examples, dtype and shape of an example, of every tensor."""
-    return [(len(leaf) if leaf.ndim else 0, leaf.dtype, leaf.shape[1:]) for leaf in tensor_leaves(inputs)]
-
-
-def _described(forms: list[tuple[int, torch.dtype, torch.Size]]) -> str:
-    return " and ".join(f"{[rows, *shape]} {dtype}" for rows, dtype, shape in forms) or "no tensor"
