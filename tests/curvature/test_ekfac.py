@@ -225,10 +225,23 @@ class PositionsFirst(nn.Module):
         return self.layer(x.transpose(0, 1)).transpose(0, 1)
 
 
+class Flattened(PositionsFirst):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def test_positions_first() -> None:
+    """The same matrix as with the examples first."""
+    model, x = PositionsFirst(), draw(4, 3, 2)
+    first = kronecker_fisher(model, Bernoulli(), x, structure="ekfac")
+    twin = kronecker_fisher(model.layer, Bernoulli(), x, structure="ekfac")
+    torch.testing.assert_close(first.to_dense(), twin.to_dense())
+
+
 def test_what_is_refused() -> None:
     net, x = Net([3, 2, 2]), draw(8, 3)
     with pytest.raises(ValueError, match="layer 'layer' .*structure='block_diagonal'"):
-        kronecker_fisher(PositionsFirst(), Gaussian(), draw(4, 3, 2), structure="ekfac")
+        kronecker_fisher(Flattened(), Gaussian(), draw(4, 3, 2), structure="ekfac")
     x[:, 1] = 0  # a dead input
     k = kronecker_fisher(net, Bernoulli(), x, structure="ekfac")
     with pytest.raises(ValueError, match="kind='factored' is for structure 'block_diagonal'"):

@@ -11,8 +11,6 @@ import natgrad as ng
 from natgrad.curvature import ekfac
 from natgrad.curvature.inverse import kronecker_basis
 
-PLAIN = [name for name in CONVOLUTIONS if "groups" not in name and "depthwise" not in name]
-
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -58,7 +56,7 @@ def check(model: nn.Module, likelihood: Any, x: Tensor, **options: Any) -> None:
     torch.testing.assert_close(k.inverse(0.2) @ (k @ v + 0.2 * v), v)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_every_option(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = made(name)
     likelihood = ng.Bernoulli(normalizer="element") if name in ("dilation", "transposed") else ng.Categorical()
@@ -77,12 +75,6 @@ def test_used_twice_and_reduced() -> None:
     model, x = made("plain", twice=True)
     check(model, ng.Categorical(), x)
     check(model, ng.Categorical(), x, sharing="reduce")
-
-
-def test_groups_are_refused_by_name() -> None:
-    model, x = made("groups")
-    with pytest.raises(ValueError, match="conv.weight .*structure 'ekfac' does not cover"):
-        ng.kronecker_fisher(model, ng.Categorical(), x, structure="ekfac")
 
 
 def test_training_a_convolutional_network() -> None:

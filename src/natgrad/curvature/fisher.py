@@ -61,9 +61,8 @@ def kronecker_fisher(
     by position.
 
     Args:
-        model: any module. ``"block_diagonal"`` covers the layers listed on the page "Layers", ``"ekfac"`` of these
-            ``nn.Linear`` and convolutions without groups; the other structures cover ``nn.Linear`` (for the rest see
-            ``uncovered``).
+        model: any module. ``"block_diagonal"`` and ``"ekfac"`` cover the layers listed on the page "Layers"; the other
+            structures cover ``nn.Linear`` (for the rest see ``uncovered``).
         likelihood: p(y | z).
         x: one batch (a tensor, a tuple or a mapping, as the model is called), or a re-iterable of batches: the result
             is that of all their examples together, for any split.

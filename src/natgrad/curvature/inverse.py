@@ -167,7 +167,10 @@ class ExactInverse:
 
 
 def kronecker_basis(basis: Eigenbasis) -> Float[Tensor, "size size"]:
-    """``Q_A ⊗ Q_G`` as a matrix."""
+    """``Q_A ⊗ Q_G`` as a matrix; of a stack the blocks after each other along the diagonal."""
+    if basis.a.ndim > 1:
+        assert basis.QA is not None and basis.QG is not None  # no factor of a stack is kept as a diagonal
+        return kron_blocks(basis.QA, basis.QG)
     QA = torch.diag(torch.ones_like(basis.a)) if basis.QA is None else basis.QA
     QG = torch.diag(torch.ones_like(basis.g)) if basis.QG is None else basis.QG
     return kron(QA, QG)

@@ -150,7 +150,7 @@ def statistics_from(
         {source: flatten_rows(diagonal.expand_as(z_rows)).sum(0)} if source is not None and diagonal is not None else {}
     )
     uses = {
-        name: [leading_use(record.blocks[name], use, rows, batch) for use in found]
+        name: [leading_use(record.blocks[name], use, rows, batch, apart=name in (bases or ())) for use in found]
         for name, found in record.uses.items()
     }
     known_A = {} if order or input_factors is None else input_factors

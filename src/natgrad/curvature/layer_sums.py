@@ -72,13 +72,21 @@ def add_outputs(
             sums.A.add_(part.square().sum(0))
 
 
-def leading_use(block: Block, use: Use, rows: int, batch: int) -> Use:
+def leading_use(block: Block, use: Use, rows: int, batch: int, *, apart: bool = False) -> Use:
     """A call of a layer for the leading examples, where they can be told apart (see :func:`leading_examples`).
+
+    Args:
+        block: of the layer.
+        use: its call.
+        rows: the number of leading examples.
+        batch: of all examples.
+        apart: whether the gradients of single examples are wanted (as they are for a diagonal, or for reduced
+            positions): an input with the positions first is turned around.
 
     Raises:
         ValueError: positions are to be reduced, but the examples cannot be told apart.
     """
-    told_apart = isinstance(block.rule, DiagonalRule) or block.sharing == "reduce"
+    told_apart = apart or isinstance(block.rule, DiagonalRule) or block.sharing == "reduce"
     if told_apart and use.input.shape[:1] != (batch,):
         if block.rule.features_last and use.input.ndim > 2 and use.input.shape[1] == batch and use.arrange is None:
             use = replace(use, input=use.input.transpose(0, 1), arrange=_swap)  # positions first

@@ -60,7 +60,10 @@ class LossStatistics:
             how = {"expectation": "empirical", "targets": targets, "weight": weight}
             (self._expected,) = (stack[0] for stack in cotangents(likelihood, wide, **how))
             self._uses = {
-                name: [leading_use(record.blocks[name], use, self._rows, self._batch) for use in found]
+                name: [
+                    leading_use(record.blocks[name], use, self._rows, self._batch, apart=name in (bases or ()))
+                    for use in found
+                ]
                 for name, found in record.uses.items()
             }
             self._sums = {

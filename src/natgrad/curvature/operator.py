@@ -8,7 +8,7 @@ from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, Statistics, factors_from, to_dense
 from natgrad.curvature.dense import pair_blocks
-from natgrad.curvature.ekfac import EigenBlock
+from natgrad.curvature.ekfac import EigenBlock, with_second_moments
 from natgrad.curvature.input_covariance import input_covariance_factors, input_covariance_inverse
 from natgrad.curvature.inverse import Eigenbasis, FactoredInverse, invert_block
 from natgrad.curvature.pairs import order_of, pair_key
@@ -66,8 +66,9 @@ class KroneckerCurvature(BlockDiagonal):
             self._chain = LayerChain.of(order, [found[name] for name in order], list(self.pairs.values()))
             blocks.append((torch.cat([self._indices[name] for name in order]), self._chain.fisher()))
         elif structure == "ekfac":
-            self.factors = found
-            blocks += [(self._indices[n], EigenBlock(self.bases[n], f.S)) for n, f in found.items() if f.S is not None]
+            self.factors = {name: with_second_moments(f, self.bases[name]) for name, f in found.items()}
+            scalings = {name: f.S for name, f in self.factors.items() if f.S is not None}
+            blocks += [(self._indices[name], EigenBlock(self.bases[name], S)) for name, S in scalings.items()]
         else:
             self.factors = input_covariance_factors(found, alpha) if structure == "input_covariance" else found
             blocks += [(self._indices[name], Kronecker(*_plain(f))) for name, f in self.factors.items()]

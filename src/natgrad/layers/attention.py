@@ -26,7 +26,7 @@ Seen = Callable[[str, Tensor, Tensor, slice | None, Callable[[Tensor], Tensor]],
 class OutProjectionRule(LinearRule):
     """``out_proj``, a linear layer that is never called."""
 
-    structures = ("block_diagonal",)
+    structures = KroneckerRule.structures
     captured = False
     features_last = False
 
@@ -65,6 +65,20 @@ class InProjectionRule(KroneckerRule):
         """The derivatives of the projections that the call made, side by side."""
         g = use.gradient(g)
         return g.reshape(g.shape[0], -1, g.shape[-1])
+
+    def stacked_rows(self, use: Use) -> Float[Tensor, "3 examples positions in"]:
+        """The input, for the projections that the call made."""
+        a = self.rows(use)
+        stacked = a.new_zeros(3, *a.shape)
+        stacked[use.slot] = a
+        return stacked
+
+    def stacked_gradient_rows(self, use: Use, g: Tensor) -> Float[Tensor, "3 examples positions out"]:
+        """The derivatives of the projections that the call made."""
+        g = self.gradient_rows(use, g).unflatten(2, (-1, use.layer.embed_dim)).movedim(2, 0)
+        stacked = g.new_zeros(3, *g.shape[1:])
+        stacked[use.slot] = g
+        return stacked
 
     def input_sum(self, block: Block, use: Use) -> tuple[Tensor, Tensor]:
         """``Σ ā āᵀ`` for the projections of the call, zero for the others; and the numbers of rows."""

@@ -31,7 +31,7 @@ class ConvolutionRule(KroneckerRule):
         return patch_view(x, layer.kernel_size, layer.stride, layer.dilation)
 
     def rows(self, use: Use) -> Float[Tensor, "examples positions in"]:
-        """All patches, unfolded; without groups."""
+        """All patches, unfolded; the channels of all groups side by side."""
         patches = self.patches(use)
         spatial = (patches.ndim - 2) // 2
         return self._ordered(use.layer, patches.flatten(2 + spatial).flatten(1, -2), (1,)).transpose(1, 2)
@@ -39,6 +39,14 @@ class ConvolutionRule(KroneckerRule):
     def gradient_rows(self, use: Use, g: Tensor) -> Float[Tensor, "examples positions out"]:
         """The derivatives at every output position."""
         return _batched(g, use.layer).flatten(2).transpose(1, 2)
+
+    def stacked_rows(self, use: Use) -> Float[Tensor, "groups examples positions in"]:
+        """The patches of every group's channels."""
+        return self.rows(use).unflatten(2, (use.layer.groups, -1)).movedim(2, 0)
+
+    def stacked_gradient_rows(self, use: Use, g: Tensor) -> Float[Tensor, "groups examples positions out"]:
+        """The derivatives of every group's channels."""
+        return self.gradient_rows(use, g).unflatten(2, (use.layer.groups, -1)).movedim(2, 0)
 
     def positions(self, use: Use) -> int:
         """Examples times output positions."""
@@ -94,10 +102,6 @@ class ConvolutionRule(KroneckerRule):
     def from_matrix(self, layer: Any, V: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """W and b."""
         return super().from_matrix(layer, V if layer.groups == 1 else V.flatten(0, 1), names)
-
-    def structures_of(self, layer: Any) -> tuple[str, ...]:
-        """Without groups there is one eigenbasis, which EKFAC needs."""
-        return (*self.structures, "ekfac") if layer.groups == 1 else self.structures
 
     def refuse(self, layer: Any) -> str | None:
         """Kernels without an element, and nothing else."""

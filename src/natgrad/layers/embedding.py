@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from natgrad.layers.factors import flatten_rows, second_moment
@@ -33,14 +33,18 @@ class EmbeddingRule(KroneckerRule):
             return "with sparse=True, whose gradient has no matrix"
         return None
 
+    def indices(self, use: Use) -> Int[Tensor, "examples positions"]:
+        """The indices of every example."""
+        return use.input.reshape(use.input.shape[0], -1) if use.input.ndim else use.input.reshape(1, 1)
+
     def rows(self, use: Use) -> Float[Tensor, "examples positions in"]:
         """One-hot vectors (zero for padding), written out: small vocabularies only."""
-        ids = use.input.reshape(use.input.shape[0], -1) if use.input.ndim else use.input.reshape(1, 1)
+        ids = self.indices(use)
         return torch.nn.functional.one_hot(ids, use.layer.num_embeddings) * self._kept(use, ids)[..., None]
 
     def gradient_rows(self, use: Use, g: Tensor) -> Float[Tensor, "examples positions out"]:
         """The derivatives, zero for padding."""
-        ids = use.input.reshape(use.input.shape[0], -1) if use.input.ndim else use.input.reshape(1, 1)
+        ids = self.indices(use)
         return use.gradient(g).reshape(*ids.shape, -1) * self._kept(use, ids)[..., None]
 
     def input_sum(self, block: Block, use: Use) -> tuple[Tensor, float | Tensor]:

@@ -126,7 +126,7 @@ class LayerRule(ABC):
     """
 
     attributes: tuple[str, ...] = ("weight", "bias")
-    structures: tuple[str, ...] = ("block_diagonal",)
+    structures: tuple[str, ...] = ("block_diagonal", "ekfac")
     diagonal_input = False
     diagonal_output = False
     shares = True
@@ -180,6 +180,14 @@ class KroneckerRule(LayerRule):
     @abstractmethod
     def gradient_rows(self, use: Use, g: Tensor) -> Float[Tensor, "examples positions out"]:
         """The derivatives of ``W ā``, rows parallel to :meth:`rows`."""
+
+    def stacked_rows(self, use: Use) -> Float[Tensor, "stack examples positions in"]:
+        """:meth:`rows` of every block of a stack; zero where a call does not belong to it."""
+        return self.rows(use)[None]
+
+    def stacked_gradient_rows(self, use: Use, g: Tensor) -> Float[Tensor, "stack examples positions out"]:
+        """:meth:`gradient_rows` of every block of a stack."""
+        return self.gradient_rows(use, g)[None]
 
     def input_sum(self, block: Block, use: Use) -> tuple[Tensor, float | Tensor]:
         """``Σ ā āᵀ`` over the rows of one call, and the number of rows."""

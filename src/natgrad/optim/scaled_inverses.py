@@ -1,6 +1,6 @@
 """EKFAC's inverses: eigenbases that are renewed now and then, second moments that follow every estimate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.curvature.base import Factors
-from natgrad.curvature.ekfac import carried_over
+from natgrad.curvature.ekfac import carried_over, eigenvalues
 from natgrad.curvature.inverse import Eigenbasis, ExactInverse, eigenbasis
 from natgrad.damping import ExactTikhonov
 from natgrad.optim.inverses import LayerInverses
@@ -21,13 +21,17 @@ class ScaledInverses(LayerInverses):
     in the basis of its time. A new basis keeps what was learnt: S becomes the diagonal, in the new basis, of the
     approximation made in the old one.
 
+    Args:
+        diagonal: the layers whose block is diagonal by definition: their S is ``g aᵀ`` at every renewal.
+
     Attributes:
         scalings: S of every layer that has a basis.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, diagonal: Collection[str] = ()) -> None:
         super().__init__(ExactTikhonov())
-        self.scalings: dict[str, Float[Tensor, "out columns"]] = {}
+        self._diagonal = frozenset(diagonal)
+        self.scalings: dict[str, Float[Tensor, "*stack out columns"]] = {}
 
     @property
     def bases(self) -> dict[str, Eigenbasis]:
@@ -59,8 +63,8 @@ class ScaledInverses(LayerInverses):
             if not bool(new.ok):
                 self.failures += 1
                 continue
-            known = isinstance(old, Eigenbasis) and name in self.scalings
-            S = carried_over(self.scalings[name], old, new) if known else torch.outer(new.g, new.a)
+            known = isinstance(old, Eigenbasis) and name in self.scalings and name not in self._diagonal
+            S = carried_over(self.scalings[name], old, new) if known else eigenvalues(new)
             self._kept[name], self.scalings[name] = new, S
             self._exact.pop(name, None)
 
@@ -81,8 +85,9 @@ class ScaledInverses(LayerInverses):
 
     def state(self, name: str, shapes: tuple[Sequence[int], Sequence[int]], like: Tensor) -> dict[str, Tensor]:
         """What a checkpoint needs of one layer; the shapes do not depend on whether there is a basis yet."""
-        S = self.scalings.get(name)
-        return super().state(name, shapes, like) | {"S": like.new_zeros(shapes[1][0], shapes[0][0]) if S is None else S}
+        S, (of_a, of_g) = self.scalings.get(name), shapes
+        shape = (*of_g[:-2], of_g[-1], of_a[-1])
+        return super().state(name, shapes, like) | {"S": like.new_zeros(shape) if S is None else S}
 
     def load(self, name: str, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`, on a state whose keys and shapes were checked."""

@@ -7,6 +7,7 @@ from typing import Any
 from natgrad.curvature.tridiagonal import refuse_solver
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 from natgrad.layers.coverage import Coverage
+from natgrad.layers.rules import DiagonalRule
 from natgrad.linalg.low_rank import LowRank
 from natgrad.optim.chain_inverses import ChainInverses
 from natgrad.optim.input_inverses import InputInverses
@@ -63,7 +64,7 @@ def form_for(structure: str, form: Tikhonov | None) -> Tikhonov:
 def inverses_for(structure: str, form: Tikhonov, coverage: Coverage, alpha: float = 1.0) -> LayerInverses:
     """Where the inverses are kept."""
     if structure == "ekfac":
-        return ScaledInverses()
+        return ScaledInverses([name for name, b in coverage.blocks.items() if isinstance(b.rule, DiagonalRule)])
     if structure == "input_covariance":
         return InputInverses(alpha)
     if structure == "block_tridiagonal" and isinstance(form, FactoredTikhonov):

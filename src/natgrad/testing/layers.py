@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from natgrad.curvature.base import to_dense
 from natgrad.curvature.fisher import kronecker_fisher
+from natgrad.curvature.inverse import kronecker_basis
 from natgrad.layers.registry import block_of
 from natgrad.layers.rules import Block, DiagonalRule, KroneckerRule, Use
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian
@@ -76,6 +77,7 @@ def check_layer(layer: nn.Module, x: Tensor, *, rtol: float = 1e-7, atol: float 
         check_factors(model, likelihood, x, close)
         check_exact_cases(model, likelihood, x, close)
         check_splits(model, likelihood, x, close)
+        check_eigenbasis(model, likelihood, x, close)
 
 
 def check_matrix(block: Block, close: dict[str, Any]) -> None:
@@ -187,6 +189,20 @@ def check_splits(model: Probe, likelihood: Any, x: Tensor, close: dict[str, Any]
     total = kronecker_fisher(model, kind(normalizer="none"), x).inverse(0.1 * N, kind="exact")
     scaled = total @ (direction * N)
     assert_close(scaled, mean @ direction, msg=lambda m: f"mean and sum precondition differently: {m}", **close)
+
+
+def check_eigenbasis(model: Probe, likelihood: Any, x: Tensor, close: dict[str, Any]) -> None:
+    """With ``structure="ekfac"`` the block is the diagonal of the exact Fisher matrix in the Kronecker eigenbasis."""
+    block = block_of("layer", model.layer)
+    if _coupled(model.layer) or "ekfac" not in block.rule.structures_of(model.layer):
+        return
+    k = kronecker_fisher(model, likelihood, x, structure="ekfac")
+    index, found = k.blocks[0]
+    Q = kronecker_basis(k.bases["layer"])
+    exact = _exact(model, likelihood, x, None, "exact")[index[:, None], index]
+    message = f"{type(likelihood).__name__}, structure='ekfac': not the diagonal in the eigenbasis"
+    diagonal = (Q.T @ exact @ Q).diagonal()
+    assert_close((Q.T @ found.to_dense() @ Q).diagonal(), diagonal, msg=lambda m: f"{message}: {m}", **close)
 
 
 def _check_sums(block: Block, use: Use, a: Tensor, rows_g: Tensor, g: Tensor, close: dict[str, Any]) -> None:
