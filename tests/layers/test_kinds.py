@@ -253,7 +253,7 @@ def test_attention_with_other_widths_is_refused_by_name() -> None:
     [
         (nn.EmbeddingBag(5, 2), "EmbeddingBag, which sums"),
         (nn.LSTM(3, 2), "LSTM, whose kernel"),
-        (nn.GRUCell(3, 2), "GRUCell"),
+        (nn.GRU(3, 2), "GRUCell"),
     ],
 )
 def test_layers_without_factors_are_named(layer: nn.Module, name: str) -> None:

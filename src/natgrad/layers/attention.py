@@ -23,11 +23,51 @@ from natgrad.layers.rules import Block, KroneckerRule, Use
 Seen = Callable[[str, Tensor, Tensor, slice | None, Callable[[Tensor], Tensor]], None]
 
 
+class Interceptor(TorchFunctionMode):
+    """Runs ``nn.MultiheadAttention``'s function and reports the inputs and outputs of its projections.
+
+    Args:
+        layer: the module whose forward pass runs inside.
+        seen: called for every projection.
+    """
+
+    def __init__(self, layer: nn.MultiheadAttention, seen: Seen) -> None:
+        super().__init__()
+        self.layer, self.seen = layer, seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let everything pass but the attention function."""
+        if func is F.multi_head_attention_forward:
+            return _attention_with(self._linear(args[0]))(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, query: Tensor) -> Callable[..., Tensor]:
+        layer, seen = self.layer, self.seen
+        examples = query.shape[1] if query.ndim == 3 else 1
+
+        def arrange(x: Tensor) -> Tensor:
+            """[positions, examples, d], or both flattened, with the examples first."""
+            return x.reshape(-1, examples, x.shape[-1]).transpose(0, 1)
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            out = F.linear(x, weight, bias)
+            if weight is layer.out_proj.weight:
+                seen("out_proj", arrange(x), out, None, arrange)
+            elif layer.in_proj_weight is not None:
+                first = weight.storage_offset() - layer.in_proj_weight.storage_offset()
+                start = first // layer.in_proj_weight.stride(0) // layer.embed_dim
+                seen("in_proj", arrange(x), out, slice(start, start + len(weight) // layer.embed_dim), arrange)
+            return out
+
+        return linear
+
+
 class OutProjectionRule(LinearRule):
     """``out_proj``, a linear layer that is never called."""
 
     structures = KroneckerRule.structures
     captured = False
+    interceptor = Interceptor
     features_last = False
 
     def parameters(self, layer: Any) -> dict[str, nn.Parameter]:
@@ -52,6 +92,7 @@ class InProjectionRule(KroneckerRule):
 
     attributes = ("in_proj_weight", "in_proj_bias")
     captured = False
+    interceptor = Interceptor
 
     def refuse(self, layer: Any) -> str | None:
         """Keys and values of other widths have weights of their own."""
@@ -115,45 +156,6 @@ class InProjectionRule(KroneckerRule):
         if "in_proj_weight" in names:
             parts["in_proj_weight"] = V[:, : layer.embed_dim]
         return parts | ({"in_proj_bias": V[:, -1]} if "in_proj_bias" in names else {})
-
-
-class Interceptor(TorchFunctionMode):
-    """Runs ``nn.MultiheadAttention``'s function and reports the inputs and outputs of its projections.
-
-    Args:
-        layer: the module whose forward pass runs inside.
-        seen: called for every projection.
-    """
-
-    def __init__(self, layer: nn.MultiheadAttention, seen: Seen) -> None:
-        super().__init__()
-        self.layer, self.seen = layer, seen
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let everything pass but the attention function."""
-        if func is F.multi_head_attention_forward:
-            return _attention_with(self._linear(args[0]))(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _linear(self, query: Tensor) -> Callable[..., Tensor]:
-        layer, seen = self.layer, self.seen
-        examples = query.shape[1] if query.ndim == 3 else 1
-
-        def arrange(x: Tensor) -> Tensor:
-            """[positions, examples, d], or both flattened, with the examples first."""
-            return x.reshape(-1, examples, x.shape[-1]).transpose(0, 1)
-
-        def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            out = F.linear(x, weight, bias)
-            if weight is layer.out_proj.weight:
-                seen("out_proj", arrange(x), out, None, arrange)
-            elif layer.in_proj_weight is not None:
-                first = weight.storage_offset() - layer.in_proj_weight.storage_offset()
-                start = first // layer.in_proj_weight.stride(0) // layer.embed_dim
-                seen("in_proj", arrange(x), out, slice(start, start + len(weight) // layer.embed_dim), arrange)
-            return out
-
-        return linear
 
 
 def _attention_with(linear: Callable[..., Tensor]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from natgrad.layers.graph import graph_of, uses_reentrant_checkpoint
-from natgrad.layers.hooks import LayerHook, around_attention, foreign_hooks
+from natgrad.layers.hooks import LayerHook, around_call, foreign_hooks
 from natgrad.layers.linear import LinearRule
 from natgrad.layers.order import chain_of
 from natgrad.layers.registry import block_of, rules_for
@@ -239,15 +239,15 @@ class Capture:
         self.blocks = _blocks(layers)
         self._record: Record | None = None
         handles: list[Any] = []
-        attention: dict[int, tuple[nn.MultiheadAttention, dict[str, str]]] = {}
+        inside: dict[int, tuple[nn.Module, dict[str, str], Any]] = {}
         for name, block in self.blocks.items():
             for layer in block.modules if block.rule.captured else ():
                 handles.append(layer.register_forward_hook(LayerHook(self, name, layer), with_kwargs=True))
-            if isinstance(block.layer, nn.MultiheadAttention) and not block.rule.captured:
-                names = attention.setdefault(id(block.layer), (block.layer, {}))[1]
+            if block.rule.interceptor is not None:
+                names = inside.setdefault(id(block.layer), (block.layer, {}, block.rule.interceptor))[1]
                 names[name.rpartition(".")[2]] = name
-        for layer, names in attention.values():
-            before, after = around_attention(self, layer, names)
+        for layer, names, interceptor in inside.values():
+            before, after = around_call(self, layer, names, interceptor)
             handles.append(layer.register_forward_pre_hook(before))
             handles.append(layer.register_forward_hook(after, always_call=True))
         self._finalizer = weakref.finalize(self, _remove, handles)

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.layers.attention import Interceptor
-
 
 class LayerHook:
     """The forward hook of one layer. Copies are inert: they belong to no capture."""
@@ -44,19 +42,22 @@ class LayerHook:
         return type(self), (None,)
 
 
-class EnterAttention(LayerHook):
-    """Before a call of ``nn.MultiheadAttention``: its projections are recorded until the call ends.
+class EnterCall(LayerHook):
+    """Before a call of a layer that hides its linear maps (attention, cells): they are recorded until the call ends.
 
     Args:
         capture: that records.
         layer: the module.
-        names: of its blocks by the names of the projections, ``"in_proj"`` and ``"out_proj"``.
+        names: of its blocks by the names of the maps, such as ``"in_proj"`` and ``"out_proj"``.
         running: shared with the hook that ends the call.
+        interceptor: sees the maps of a layer of this kind.
     """
 
-    def __init__(self, capture: Any, layer: Any = None, names: Any = None, running: Any = None) -> None:
+    def __init__(
+        self, capture: Any, layer: Any = None, names: Any = None, running: Any = None, interceptor: Any = None
+    ) -> None:
         super().__init__(capture, "", layer)
-        self._names, self._running = names, running
+        self._names, self._running, self._interceptor = names, running, interceptor
 
     def __call__(self, module: Any, args: tuple[Any, ...]) -> None:  # pyrefly: ignore[bad-override]
         """Begin."""
@@ -69,13 +70,13 @@ class EnterAttention(LayerHook):
             if which in names:
                 record._add(names[which], a, output, module, slot, arrange)
 
-        mode = Interceptor(module, seen)
+        mode = self._interceptor(module, seen)
         mode.__enter__()
         self._running.append(mode)
 
 
-class LeaveAttention(LayerHook):
-    """After a call of ``nn.MultiheadAttention``, also one that failed.
+class LeaveCall(LayerHook):
+    """After such a call, also one that failed.
 
     Args:
         capture: that records.
@@ -93,10 +94,12 @@ class LeaveAttention(LayerHook):
             self._running.pop().__exit__(None, None, None)
 
 
-def around_attention(capture: Any, layer: nn.Module, names: Mapping[str, str]) -> tuple[EnterAttention, LeaveAttention]:
-    """The pair of hooks that records one attention module."""
-    running: list[Interceptor] = []
-    return EnterAttention(capture, layer, names, running), LeaveAttention(capture, layer, running)
+def around_call(
+    capture: Any, layer: nn.Module, names: Mapping[str, str], interceptor: Any
+) -> tuple[EnterCall, LeaveCall]:
+    """The pair of hooks that records one layer from the inside."""
+    running: list[Any] = []
+    return EnterCall(capture, layer, names, running, interceptor), LeaveCall(capture, layer, running)
 
 
 def foreign_hooks(module: nn.Module) -> bool:

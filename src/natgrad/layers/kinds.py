@@ -7,13 +7,13 @@ from natgrad.layers.convolution import ConvolutionRule, TransposedConvolutionRul
 from natgrad.layers.embedding import EmbeddingRule
 from natgrad.layers.linear import LinearRule
 from natgrad.layers.normalization import ChannelsRule, LastDimensionsRule
+from natgrad.layers.recurrent import GatesRule
 from natgrad.layers.registry import register_layer
 
 # Kinds whose parameters are used in ways that nothing can see, and what to do instead.
 REFUSED = {
     nn.EmbeddingBag: "EmbeddingBag, which sums embeddings out of sight; use Embedding and sum them yourself",
-    nn.RNNBase: "{kind}, whose kernel hides its linear maps; a recurrent layer written with Linear layers is covered",
-    nn.RNNCellBase: "{kind}, whose kernel hides its linear maps; a cell written with Linear layers is covered",
+    nn.RNNBase: "{kind}, whose kernel hides its linear maps; the same from {kind}Cell, step by step, is covered",
 }
 
 
@@ -32,6 +32,8 @@ def register_kinds() -> None:
     for kind in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d):
         register_layer(kind, ChannelsRule())
     register_layer(nn.MultiheadAttention, {"in_proj": InProjectionRule(), "out_proj": OutProjectionRule()})
+    for kind in (nn.RNNCell, nn.LSTMCell, nn.GRUCell):
+        register_layer(kind, {"ih": GatesRule("ih"), "hh": GatesRule("hh")})
 
 
 register_kinds()

@@ -122,6 +122,7 @@ class LayerRule(ABC):
         diagonal_output: so is G.
         shares: whether the layer may act at several positions of an example (``sharing`` matters).
         captured: whether a hook on the layer sees what goes in and comes out.
+        interceptor: where it does not, what sees it inside of the layer's forward pass; of one kind per layer.
         features_last: every dimension of the input but the last ones is one of examples or positions, in any order.
     """
 
@@ -131,6 +132,7 @@ class LayerRule(ABC):
     diagonal_output = False
     shares = True
     captured = True
+    interceptor: Any = None
     features_last = False
 
     def parameters(self, layer: Any) -> dict[str, nn.Parameter]:
