@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
 from natgrad_lab.figures.drawing import COLOURS, INK, MARKERS, Drawing, canvas, draws
 from natgrad_lab.recipes.run import Record
 
@@ -57,6 +59,9 @@ def _compared(record: Record) -> Drawing:
         rows += _rows(record, method, found, diverged, len(trials))
     for one, title in zip(axes[0], ("training set", "test set"), strict=True):
         one.set_yscale("log")
+        one.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0)))
+        one.yaxis.set_minor_locator(NullLocator())
+        one.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         one.set_xlabel("seconds of updates", color=INK["ink"], fontsize=11)
         one.set_title(title, color=INK["ink"], fontsize=11, loc="left")
     loss = "cross-entropy" if record.configuration["classify"] else "E ‖f(x) − x‖²"
