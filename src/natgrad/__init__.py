@@ -24,6 +24,7 @@ from natgrad.optim.acp import ACP
 from natgrad.optim.centered import CenteredSGD
 from natgrad.optim.dense_newton import Newton
 from natgrad.optim.eigen_adam import EigenAdam
+from natgrad.optim.health import health
 from natgrad.optim.hessian_free import HessianFree
 from natgrad.optim.kfac import KFAC
 from natgrad.optim.krylov_descent import KrylovDescent
@@ -81,6 +82,7 @@ __all__ = [
     "Subsets",
     "__version__",
     "diagnostics",
+    "health",
     "kronecker_fisher",
     "layers",
     "likelihood_of",

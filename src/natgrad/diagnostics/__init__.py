@@ -1,6 +1,7 @@
 """How good an approximation is, and why: residuals, cumulants, regressions, distances, operation counts."""
 
 from natgrad.diagnostics.cumulants import CumulantReport, PairCumulants, cumulant_report, pair_cumulants
+from natgrad.diagnostics.health import LayerHealth, layer_health
 from natgrad.diagnostics.heskes import HeskesDistance, layerwise_kl
 from natgrad.diagnostics.operations import Operations, kfac_operations, paper_coefficients
 from natgrad.diagnostics.passes import Pass, exact_pass
@@ -11,6 +12,7 @@ from natgrad.diagnostics.residuals import Residual, fisher_residuals, layer_size
 __all__ = [
     "CumulantReport",
     "HeskesDistance",
+    "LayerHealth",
     "Operations",
     "PairCumulants",
     "Pass",
@@ -21,6 +23,7 @@ __all__ = [
     "exact_pass",
     "fisher_residuals",
     "kfac_operations",
+    "layer_health",
     "layer_sizes",
     "layerwise_kl",
     "pair_cumulants",

@@ -22,5 +22,12 @@ class Stats(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
     def __repr__(self) -> str:
         return f"Stats({dict(self)})"
+
+    def unread(self, name: str) -> Any:
+        """The entry as it is, a tensor where it is one: nothing waits for the device."""
+        return self._values[name]
