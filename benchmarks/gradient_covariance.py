@@ -11,13 +11,14 @@ from torch import Tensor
 
 from benchmarks.fisher_products import save_products
 from benchmarks.measure import cpu_seconds, in_turns, positive
-from natgrad import TONGA, Bernoulli
+from natgrad import TONGA, Bernoulli, PastGradients
 from natgrad.curvature.gradient_rows import LinearRows
 from natgrad.curvature.per_example import PerExampleGradients
 from natgrad.model_view import ModelView
 from natgrad_lab.models import ENCODERS, autoencoder
 
 GRADIENTS = 32  # written out: 360 MB on the MNIST network
+FEW = 64  # of a batch, beside those of the past
 REPEATS = 4  # the first warms up; it can only be slower
 
 
@@ -26,6 +27,7 @@ def measure(batch: int, encoder: tuple[int, ...] = ENCODERS["mnist"]) -> dict[st
     model, likelihood = autoencoder(encoder, activation="tanh", seed=0), Bernoulli()
     x = torch.rand(batch, encoder[0], generator=torch.Generator().manual_seed(0))
     optimizer = TONGA(model, likelihood, lr=1e-6)
+    remembering = TONGA(model, likelihood, lr=1e-6, gradients=FEW, past=PastGradients())
     collect = PerExampleGradients(ModelView(model))
     few = collect(likelihood, x[:GRADIENTS], x[:GRADIENTS]).rows
 
@@ -43,6 +45,9 @@ def measure(batch: int, encoder: tuple[int, ...] = ENCODERS["mnist"]) -> dict[st
         "forward + backward": forward_backward,
         "per-example gradients": lambda: collect(likelihood, x, x),
         "TONGA's step": lambda: optimizer.step(x, x),
+        f"the same with {FEW} gradients and {PastGradients().rank} directions of the past": lambda: remembering.step(
+            x, x
+        ),
         f"inner products of {len(few)} gradients": few.gram,
         f"the same {len(few)} written out": written_out,
     }
