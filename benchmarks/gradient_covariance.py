@@ -27,7 +27,8 @@ def measure(batch: int, encoder: tuple[int, ...] = ENCODERS["mnist"]) -> dict[st
     model, likelihood = autoencoder(encoder, activation="tanh", seed=0), Bernoulli()
     x = torch.rand(batch, encoder[0], generator=torch.Generator().manual_seed(0))
     optimizer = TONGA(model, likelihood, lr=1e-6)
-    remembering = TONGA(model, likelihood, lr=1e-6, gradients=FEW, past=PastGradients())
+    past = PastGradients()
+    remembering = TONGA(model, likelihood, lr=1e-6, gradients=FEW, past=past)
     collect = PerExampleGradients(ModelView(model))
     few = collect(likelihood, x[:GRADIENTS], x[:GRADIENTS]).rows
 
@@ -45,9 +46,7 @@ def measure(batch: int, encoder: tuple[int, ...] = ENCODERS["mnist"]) -> dict[st
         "forward + backward": forward_backward,
         "per-example gradients": lambda: collect(likelihood, x, x),
         "TONGA's step": lambda: optimizer.step(x, x),
-        f"the same with {FEW} gradients and {PastGradients().rank} directions of the past": lambda: remembering.step(
-            x, x
-        ),
+        f"the same, {FEW} gradients and {past.rank} of the past": lambda: remembering.step(x, x),
         f"inner products of {len(few)} gradients": few.gram,
         f"the same {len(few)} written out": written_out,
     }
