@@ -73,7 +73,16 @@ class DiscountedCovariance:
         for gram in self.grams:
             _, vectors, _ = safe_eigh(gram, what="the Gram matrix of the gradients")
             weights.append(vectors[:, -rank:])  # there are at least as many rows as were kept
-        return torch.stack([self.combine([Q[:, i] for Q in weights]) for i in range(rank)])
+        old, new = self._scales
+        found: dict[str, Tensor] = {}
+        for kept, group, Q in zip(self._kept, self.now.groups, weights, strict=True):
+            C = Q[rank:] - Q[rank:].mean(0) if self.now.centered else Q[rank:]
+            for block in group.blocks:
+                found |= block.combine_all((new * C).to(self.past.dtype))
+            for block in kept.blocks:
+                for name, part in block.combine_all((old * Q[:rank]).to(self.past.dtype)).items():
+                    found[name] = found[name] + part
+        return torch.cat([found[name].reshape(rank, -1) for name in self.now.rows.view.names], 1)
 
     def project(self, v: Float[Tensor, " P"]) -> list[Float[Tensor, " n"]]:
         """``X v``, per block."""
@@ -172,8 +181,8 @@ def _rows_of(past: Float[Tensor, "rank P"], group: GradientRows) -> GradientRows
 
 def _inner_products(kept: GradientRows, group: GradientRows) -> Float[Tensor, "rank n"]:
     """``B Rᵀ`` for the parameters of a block."""
-    blocks = [block for block in kept.blocks if isinstance(block, TensorRows)]
-    return torch.stack([group.project({b.name: b.rows[i].view(*b.shape) for b in blocks}) for i in range(len(kept))])
+    rows = {b.name: b.rows.reshape(-1, *b.shape) for b in kept.blocks if isinstance(b, TensorRows)}
+    return group.project_all(rows)
 
 
 def _solve(root: Float[Tensor, "n n"], b: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -56,6 +56,21 @@ class LinearRows:
         out = nn.functional.linear(self.a, v[self.weight], None if self.bias is None else v[self.bias])
         return (out * self.g).sum((1, 2))
 
+    def combine_all(self, C: Float[Tensor, "n k"]) -> dict[str, Float[Tensor, "k ..."]]:
+        """``Cᵀ R`` by parameter."""
+        g = (self.g[:, :, None] * C[:, None, :, None]).flatten(0, 1)
+        k, out = g.shape[1:]
+        found = {self.weight: (g.flatten(1).T @ self.a.flatten(0, 1)).view(k, out, -1)}
+        return found if self.bias is None else {**found, self.bias: g.sum(0)}
+
+    def project_all(self, V: Mapping[str, Float[Tensor, "k ..."]]) -> Float[Tensor, "k n"]:
+        """``V Rᵀ`` for several vectors by parameter."""
+        weight = V[self.weight]
+        out = nn.functional.linear(self.a, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
+        if self.bias is not None:
+            out += V[self.bias]
+        return out.mul_(self.g[:, :, None]).sum((1, 3)).T
+
     def squares(self) -> dict[str, Tensor]:
         """The sums of the squares of every element, by parameter."""
         if self.a.shape[1] == 1:  # (g aᵀ)² = g² (a²)ᵀ
@@ -115,6 +130,14 @@ class TensorRows:
         """``R v`` for a vector by parameter."""
         return self.rows @ v[self.name].reshape(-1)
 
+    def combine_all(self, C: Float[Tensor, "n k"]) -> dict[str, Float[Tensor, "k ..."]]:
+        """``Cᵀ R`` by parameter."""
+        return {self.name: (C.T @ self.rows).view(-1, *self.shape)}
+
+    def project_all(self, V: Mapping[str, Float[Tensor, "k ..."]]) -> Float[Tensor, "k n"]:
+        """``V Rᵀ`` for several vectors by parameter."""
+        return V[self.name].reshape(-1, self.rows.shape[1]) @ self.rows.T
+
     def squares(self) -> dict[str, Tensor]:
         """The sums of the squares of every element, by parameter."""
         return {self.name: self.rows.square().sum(0).view(*self.shape)}
@@ -168,6 +191,10 @@ class GradientRows:
     def project(self, v: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
         """``R v`` for a vector by parameter."""
         return torch.stack([block.project(v) for block in self.blocks]).sum(0)
+
+    def project_all(self, V: Mapping[str, Float[Tensor, "k ..."]]) -> Float[Tensor, "k n"]:
+        """``V Rᵀ`` for several vectors by parameter."""
+        return torch.stack([block.project_all(V) for block in self.blocks]).sum(0)
 
     def gram(self, other: "GradientRows | None" = None) -> Float[Tensor, "n m"]:
         """``R Rᵀ``, or ``R Sᵀ`` with the rows S of another batch."""
