@@ -11,6 +11,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "truncated-newton": (),
     "gradient-covariance": (),
     "operations": (),
+    "chain-setup": (),
     "layer-cost": (),
     "competitors": (),
     "search": (),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    chain_setup,
     convergence,
     docs,
     fisher_products,
@@ -152,6 +153,12 @@ def test_an_accepted_update_that_raises_the_loss_is_seen(digits):
 def test_the_best_constant_is_the_mean_image(digits):
     x = digits.x_train
     assert robustness.constant_error(digits) == pytest.approx(float(x.var(dim=0, correction=0).sum()), rel=1e-5)
+
+
+def test_setting_up_the_chain_is_compared_with_the_dense_inverse():
+    row = chain_setup.measure("the middle 4 layers", blocks=2, hidden=(3, 2, 3, 2, 3))
+    assert row["parameters"] == 8 + 9 + 8 + 9 and len(row["ratio"]) == 2
+    assert well_formed(chain_setup.setup_table([row]))[1][1] == "34"
 
 
 def test_operations_are_counted_beside_measured_time(digits):

@@ -24,7 +24,10 @@ from natgrad_lab.arguments import (
 if TYPE_CHECKING:  # torch takes seconds to import: `natgrad --help` does without
     from natgrad_lab.inspection import Inspection
 
-DOUBLE_UP_TO = 100_000  # parameters; larger networks are inspected in single precision
+# Larger networks are inspected in single precision, on fewer cases and with fewer products with the exact inverse.
+SMALL_UP_TO = 100_000  # parameters
+ROWS, ROWS_OF_LARGE = 100, 20
+SOLVES_OF_LARGE, ITERATIONS_OF_LARGE = 2, 50
 
 
 def inspect(
@@ -32,7 +35,9 @@ def inspect(
         str,
         typer.Argument(metavar="TASK|CHECKPOINT", help="curves, digits, mnist, faces; or a run of natgrad train."),
     ],
-    rows: Annotated[int, typer.Option(metavar="N", help="Training cases to look at.")] = 100,
+    rows: Annotated[
+        int | None, typer.Option(metavar="N", help="Training cases to look at. Default: 100; 20 for large networks.")
+    ] = None,
     damping: Annotated[
         float | None, typer.Option(metavar="D", help="γ² of the inverses. Default: what K-FAC starts from.")
     ] = None,
@@ -52,7 +57,8 @@ def inspect(
     EKFAC are from the exact Fisher matrix and their inverses from its inverse; spectra and matrices as pictures.
     """
     for option, value in (("--rows", rows), ("--vectors", vectors), ("--dense", dense)):
-        check_positive(option, value)
+        if value is not None:
+            check_positive(option, value)
     if damping is not None:
         check_positive("--damping", damping)
     set_threads(threads)
@@ -82,11 +88,11 @@ def inspect(
             except RuntimeError as error:
                 raise Refused(f"{target} does not fit the network of {task}: {str(error).splitlines()[0]}") from error
     size = sum(p.numel() for p in model.parameters())
-    dtype = torch.float64 if size <= DOUBLE_UP_TO else torch.float32
+    small = size <= SMALL_UP_TO
+    dtype = torch.float64 if small else torch.float32
+    rows = min(rows or (ROWS if small else ROWS_OF_LARGE), len(loaded.x_train))
     model = model.to(loaded.x_train.device, dtype)
-    x = loaded.x_train[
-        torch.arange(min(rows, len(loaded.x_train))) * len(loaded.x_train) // min(rows, len(loaded.x_train))
-    ]
+    x = loaded.x_train[torch.arange(rows) * len(loaded.x_train) // rows]
     with console.status("") as status:
         found = inspection.inspect(
             model,
@@ -96,6 +102,7 @@ def inspect(
             probes=vectors,
             dense=dense,
             seed=seed,
+            **({} if small else {"solves": SOLVES_OF_LARGE, "iterations": ITERATIONS_OF_LARGE}),
             advance=lambda what: status.update(f"{label}: {what} …"),
         )
     _show(found, label, folder, console)

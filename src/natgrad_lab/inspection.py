@@ -78,6 +78,8 @@ def inspect(
     damping: float | None = None,
     probes: int = 8,
     dense: int = 600,
+    solves: int = CG_VECTORS,
+    iterations: int = CG_ITERATIONS,
     seed: int = 0,
     advance: Callable[[str], None] = lambda what: None,
 ) -> Inspection:
@@ -90,6 +92,8 @@ def inspect(
         damping: The coefficient of the identity in the inverses. None: K-FAC's first λ, 0.03 times the mean eigenvalue.
         probes: Random vectors.
         dense: Networks, and windows of layers, of at most so many parameters are compared as dense matrices.
+        solves: With so many of the random vectors, at most, the exact inverse is multiplied.
+        iterations: Of conjugate gradients for each such product, at most.
         seed: Of the random vectors.
         advance: Told what is being done.
     """
@@ -104,7 +108,7 @@ def inspect(
         used = float(damping if damping is not None else 0.03 * mean_eigenvalue(curvatures["F̆"].factors))
         advance("errors of the whole network")
         V = torch.eye(size).to(x) if size <= dense else torch.randn(size, probes, generator=generator).to(x)
-        errors, change = _errors(ng.Fisher(model, likelihood, x), curvatures, V, used)
+        errors, change = _errors(ng.Fisher(model, likelihood, x), curvatures, V, used, solves, iterations)
         layers = []
         for name in curvatures["F̆"].factors:
             advance(f"layer {name}")
@@ -114,7 +118,7 @@ def inspect(
     finally:
         for name, p in model.named_parameters():
             p.requires_grad_(required[name])
-    method = "dense matrices" if size <= dense else f"{probes} random vectors"
+    method = "dense matrices" if size <= dense else f"{probes} random vectors, the inverse from {min(solves, probes)}"
     about = {
         "parameters": size,
         "rows": len(x),
@@ -126,7 +130,7 @@ def inspect(
 
 
 def _errors(
-    F: Any, curvatures: dict[str, KroneckerCurvature], V: Tensor, damping: float
+    F: Any, curvatures: dict[str, KroneckerCurvature], V: Tensor, damping: float, solves: int, limit: int
 ) -> tuple[dict[str, dict[str, float]], float]:
     """The errors, and by how much conjugate gradients that ran out of iterations changed late."""
     exact = F @ V
@@ -135,20 +139,20 @@ def _errors(
     if V.shape[0] == V.shape[1]:
         solved, W = torch.linalg.inv(exact + damping * torch.eye(len(V)).to(V)), V
     else:
-        W = V[:, :CG_VECTORS]
+        W = V[:, :solves]
         solutions = [
             ng.linalg.cg(
                 lambda v: F @ v + damping * v,
                 v,
                 CG_TOLERANCE,
-                CG_ITERATIONS,
+                limit,
                 preconditioner=inverses["EKFAC"],
-                store=range(CG_ITERATIONS),
+                store=[limit // 2],
             )
             for v in W.unbind(1)
         ]
         solved = torch.stack([solution.x for solution in solutions], dim=1)
-        halves = [s.iterates[s.iterations // 2] if s.iterations == CG_ITERATIONS else s.x for s in solutions]
+        halves = [s.iterates[limit // 2] if s.iterations == limit else s.x for s in solutions]
         change = _relative(solved, torch.stack(halves, dim=1))
     errors = {
         name: {"matrix": _relative(exact, k @ V), "inverse": _relative(solved, inverses[name] @ W)}

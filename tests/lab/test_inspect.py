@@ -54,7 +54,7 @@ def test_random_vectors_come_near_the_dense_errors() -> None:
     model, x = network()
     dense = inspect(model, ng.Categorical(), x, damping=0.01, dense=1000)
     random = inspect(model, ng.Categorical(), x, damping=0.01, dense=5, probes=200)
-    assert random.about["errors from"] == "200 random vectors"
+    assert random.about["errors from"] == "200 random vectors, the inverse from 4"
     assert random.window == {} and random.matrices == {}
     for name, errors in dense.errors.items():
         assert random.errors[name]["matrix"] == pytest.approx(errors["matrix"], rel=0.1)
