@@ -15,20 +15,20 @@ def figure_7(record: Record) -> Drawing:
     """Improvement against γ: raw Δ, scaled, scaled with momentum."""
     c = record.configuration
     figure, axes = canvas(1, len(c["structures"]), width=10, height=4.2, sharey=True)
-    rows = []
+    rows, largest = [], 0.0
     for one, structure in zip(axes[0], c["structures"], strict=True):
         best = {}
         for i, (name, values) in enumerate(record.results[structure].items()):
             points = [(g, v) for g, v in zip(c["gammas"], values, strict=True) if v is not None]
             one.plot(*zip(*points, strict=True), color=COLOURS[i], marker=MARKERS[i], markersize=4, label=name)
             best[name] = max(points, key=lambda point: point[1])
-        largest = max(value for _, value in best.values())
+        largest = max(largest, *(abs(value) for _, value in best.values()))
         one.axhline(0, color=INK["soft"], linewidth=0.8)
-        one.set(xscale="log", xlabel="γ", ylim=(-0.6 * abs(largest), 1.15 * abs(largest)))
+        one.set(xscale="log", xlabel="γ")
         one.set_title(structure.replace("_", "-"), color=INK["ink"], fontsize=11, loc="left")
         for name, (gamma, value) in best.items():
             rows.append((f"{LABELS[structure]}: best improvement of {name}, at γ", "–", f"{value:.3g} at {gamma:.2g}"))
-    axes[0][0].set_ylabel("h(θ) − h(θ + δ)")
+    axes[0][0].set(ylabel="h(θ) − h(θ + δ)", ylim=(-0.4 * largest, 1.1 * largest))  # shared
     axes[0][0].legend(fontsize=9, frameon=False)
     return Drawing({"": figure}, rows)
 
