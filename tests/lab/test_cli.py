@@ -202,3 +202,13 @@ def test_help_names_every_optimizer() -> None:
     from natgrad_lab.optimizers import names
 
     assert sorted(OPTIMIZERS) == sorted(names())
+
+
+def test_help_imports_nothing_that_takes_seconds() -> None:
+    heavy = ["torch", "numpy", "scipy", "sklearn", "matplotlib", "optuna"]
+    program = (
+        f"import sys; from natgrad_lab import cli; code = cli.run(['--help']); "
+        f"sys.exit(code or ' '.join(set({heavy}) & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
