@@ -17,7 +17,7 @@ def figure_3(record: Record) -> Drawing:
     for i, method in enumerate((MSGD, NATURAL)):
         curves[method] = [record.results[f"{method}, segment {s}"]["variance"] for s in segments]
         one.plot(segments, curves[method], color=COLOURS[i], marker=MARKERS[i], markersize=5, label=method)
-    one.set(yscale="log", xlabel="segment of the first half that was drawn anew", ylabel="variance of the outputs")
+    one.set(ylim=(0, None), xlabel="segment of the first half that was drawn anew", ylabel="variance of the outputs")
     one.set_xticks(list(segments))
     one.legend(fontsize=10, frameon=False)
     equal = record.results["equal validation error"]
