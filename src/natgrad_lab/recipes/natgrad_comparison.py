@@ -69,8 +69,8 @@ def figure_4(run: Run) -> None:
 
 
 MANY = {
-    DIFFERENT: {"metric": "different", "lr": 0.5, "damping": 5.0, "adapts": True},
-    SAME: {"metric": "same", "lr": 1.0, "damping": 5.0, "adapts": True},
+    DIFFERENT: {"metric": "different", "lr": 0.5, "damping": 5.0, "adapts": True, "guard": True},
+    SAME: {"metric": "same", "lr": 1.0, "damping": 5.0, "adapts": True, "guard": True},
     COVARIANCE: {"metric": "covariance", "lr": 1.0, "damping": 0.1},
 }
 
@@ -114,8 +114,8 @@ def figure_5(run: Run) -> None:
 
 
 FACES = {
-    UNLABELLED: {"metric": "joined", "lr": 1.0, "damping": 8.0, "adapts": True},
-    SAME: {"metric": "same", "lr": 1.0, "damping": 8.0, "adapts": True},
+    UNLABELLED: {"metric": "joined", "lr": 1.0, "damping": 8.0, "adapts": True, "guard": True},
+    SAME: {"metric": "same", "lr": 1.0, "damping": 8.0, "adapts": True, "guard": True},
 }
 
 

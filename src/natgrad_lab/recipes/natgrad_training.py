@@ -48,7 +48,8 @@ class Training:
         problem: What to train on.
         method: "metric", one of METRICS; "batch" and "metric batch", numbers of examples; "updates"; "lr"; "damping";
             "adapts", whether the Levenberg-Marquardt rule moves it; "decay", None or [after, scale] of
-            `natgrad.training.HyperbolicDecay`; "iterations" of the solver.
+            `natgrad.training.HyperbolicDecay`; "iterations" of the solver; "guard", whether a step that raises the loss
+            of its batch is undone (False).
         seed: Of initial weights and batches.
 
     Attributes:
@@ -188,7 +189,7 @@ def _optimizer(model: nn.Module, method: Mapping[str, Any], seed: int) -> torch.
         damping=method["damping"],
         rule=ng.LevenbergMarquardt(every=1, decay=2 / 3) if method["adapts"] else None,
         ratio="quadratic",
-        guard=False,
+        guard=method.get("guard", False),
         seed=seed,
     )
 
