@@ -84,11 +84,11 @@ MANY = {
         {
             "data": "mnist",
             "side": 28,
-            "cases": 60_000,
+            "cases": 20_000,
             "filters": [[8, 5, 2], [16, 5, 2]],  # number, size, stride
             "hidden": [100],
             "methods": methods(
-                {**NATURAL, "batch": 500, "metric batch": 500, "updates": 60, "every": 6, "decay": [40, 20]}, MANY
+                {**NATURAL, "batch": 500, "metric batch": 500, "updates": 45, "every": 5, "decay": [30, 20]}, MANY
             ),
         },
     ),
