@@ -23,6 +23,7 @@ PRINTED: dict[str, dict[str, tuple[float, float]]] = {
     "natgrad-fig2": {UNLABELLED: (0.054, 16.96), SAME: (0.098, 18.87)},
 }
 TITLES = {"natgrad-fig4": "few digits", "natgrad-fig5": "all digits", "natgrad-fig2": "faces (paper: TFD)"}
+LABELLED = 1000.0  # an axis over a smaller range has labels between the powers of ten
 STYLES = {
     MSGD: (COLOURS[3], "D"),
     UNLABELLED: (COLOURS[0], "o"),
@@ -92,8 +93,9 @@ def _curves(record: Record, xscale: str = "linear") -> Drawing:
         one.set(xscale=xscale, yscale="log", xlabel="updates")
         for axis in (one.xaxis, one.yaxis) if xscale == "log" else (one.yaxis,):
             axis.set_major_formatter("{x:g}")
+            low, high = axis.get_view_interval()
             axis.set_minor_locator(LogLocator(subs=(2, 5)))
-            axis.set_minor_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}" if high < LABELLED * low else "")
         one.set_title(label, color=INK["ink"], fontsize=11, loc="left")
     axes[0][0].legend(fontsize=9, frameon=False)
     ends = {n: {kind: [r[kind][-1] for r in found] for kind in ("train", "test")} for n, found in runs.items()}
