@@ -58,6 +58,8 @@ def table_1(record: Record) -> Drawing:
     rows = []
     for one, (name, found) in zip(axes[0], record.results.items(), strict=True):
         ends = found["methods"]
+        ours = [_mean(values["test"]) or 0.0 for values in ends.values()]
+        largest = max(ours + [PRINTED[name][method][1] for method in ends])
         for i, (method, values) in enumerate(ends.items()):
             colour, marker = STYLES[method]
             printed = PRINTED[name][method][1]
@@ -65,7 +67,7 @@ def table_1(record: Record) -> Drawing:
             one.plot(i - 0.15, printed, "_", markersize=16, markeredgewidth=2.5, color=INK["soft"], label=label)
             one.plot(i + 0.15, _mean(values["test"]), marker, markersize=8, color=colour)
         one.set_xticks(range(len(ends)), [m.replace(", ", ",\n") for m in ends], fontsize=8, rotation=40)
-        one.set(xlim=(-0.6, len(ends) - 0.4), ylim=(0, None))
+        one.set(xlim=(-0.6, len(ends) - 0.4), ylim=(0, 1.1 * largest))
         one.set_title(TITLES[name], color=INK["ink"], fontsize=11)
         rows += [(f"{TITLES[name]}: {what}", printed, ours) for what, printed, ours in _rows(name, ends)]
     axes[0][0].set_ylabel("test error, %")
