@@ -1,6 +1,7 @@
 """Figures 7, 9, 10 and 11 of Martens & Grosse (2015) [KFAC], from records."""
 
 import math
+import re
 from statistics import median
 from typing import Any
 
@@ -59,11 +60,14 @@ def figure_10(record: Record) -> Drawing:
     """Error against CPU-seconds (figure 10) and against iterations (figure 11), all seeds."""
     c = record.configuration
     figures, rows = {}, []
+    families = list(dict.fromkeys(_family(method) for method in c["methods"]))
     for suffix, against, label in (("time", "cpu_seconds", "CPU-seconds"), ("iterations", "update", "iterations")):
         figure, ((axes,),) = canvas(1, 1, width=8, height=4.6)
-        for i, method in enumerate(c["methods"]):
+        for method in c["methods"]:
+            colour = COLOURS[families.index(_family(method))]
+            style = "-" if _family(method) == method or "tri" in method.lower() else "--"
             for j, found in enumerate(_seeds(record, method)):
-                _line(axes, found, against, COLOURS[i % len(COLOURS)], method if j == 0 else None, faint=j > 0)
+                _line(axes, found, against, colour, method if j == 0 else None, style=style, faint=j > 0)
         axes.set(xscale="log", xlabel=label, ylabel="training error")
         axes.set_title(c["task"].upper(), color=INK["ink"], fontsize=11, loc="left")
         axes.legend(fontsize=8, frameon=False)
@@ -79,6 +83,11 @@ def figure_10(record: Record) -> Drawing:
         for seed, found in zip(c["seeds"][method], _seeds(record, method), strict=True):
             rows.append((f"{method}, seed {seed}: last error", "–", _last(found)))
     return Drawing(figures, rows)
+
+
+def _family(method: str) -> str:
+    """What a method is called beside its structure."""
+    return re.sub("blk-tridiag|blk-diag|block-tridiagonal|block-diagonal", "", method, flags=re.IGNORECASE)
 
 
 def _seeds(record: Record, method: str) -> list[dict[str, Any]]:
@@ -107,11 +116,25 @@ def updates_to(found: dict[str, Any], error: float) -> float | None:
 
 
 def _line(
-    axes: Any, found: dict[str, Any], against: str, colour: str, label: str | None, *, faint: bool = False
+    axes: Any,
+    found: dict[str, Any],
+    against: str,
+    colour: str,
+    label: str | None,
+    *,
+    style: str = "-",
+    faint: bool = False,
 ) -> None:
     rows = zip(found[against], found["train_error"], strict=True)
     points = [(x, e) for x, e in rows if e is not None and e > 0]
-    axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, alpha=0.4 if faint else 1.0, label=label)
+    axes.plot(
+        *zip(*points, strict=True),
+        color=colour,
+        linewidth=1.6,
+        linestyle=style,
+        alpha=0.4 if faint else 1.0,
+        label=label,
+    )
     axes.set_yscale("log")
 
 

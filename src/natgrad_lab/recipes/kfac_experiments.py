@@ -202,7 +202,7 @@ FEW = {**SMALL, "updates": {name: 40 if name == "baseline" else 12 for name in M
     "kfac-fig10",
     title="CURVES: error by time, by iteration (10, 11)",
     source="[KFAC, figs. 10, 11]",
-    full=Size(12 * MINUTE, CURVES),
+    full=Size(8 * MINUTE, CURVES),
     quick=Size(5, {**FEW, "task": "digits"}),
 )
 def figure_10(run: Run) -> None:
