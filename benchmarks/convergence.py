@@ -1,10 +1,10 @@
-"""How fast the error falls: updates and CPU-seconds of K-FAC, Adam and Nesterov SGD to given training errors.
+"""How fast the error falls: updates and CPU-seconds of K-FAC, EigenAdam, Adam and Nesterov SGD to training errors.
 
 Each optimiser has the settings of its recipe (the baselines' come from the sweep) and the same averaging: an error is
 the better of the iterate's and of the running average's, on 10 000 training cases; the test error is that of the same
 parameters. All start from the same parameters and take turns in slices of their CPU-seconds; evaluation is outside
-the clock. K-FAC is evaluated every 5 updates, the others every half second; while 2000 of the cases say that the next
-error of the table is still more than a tenth away, the other cases are left out.
+the clock. K-FAC and EigenAdam are evaluated every 5 updates, the others every half second; while 2000 of the cases say
+that the next error of the table is still more than a tenth away, the other cases are left out.
 """
 
 import argparse
@@ -18,27 +18,40 @@ from benchmarks.report import cell, save, table
 from natgrad_lab.runner import SUBSET, Runner, reconstruction_error
 
 ERRORS = (15.0, 12.0, 10.0, 8.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.5)
-SECONDS: dict[str, float] = {"kfac": 60.0, "adam": 120.0, "nesterov": 120.0}
-TITLES = {"kfac": "K-FAC", "adam": "Adam", "nesterov": "Nesterov SGD"}
-EVERY_UPDATES = 5  # K-FAC
+SECONDS: dict[str, float] = {"kfac": 60.0, "eigen-adam": 60.0, "adam": 120.0, "nesterov": 120.0}
+TITLES = {
+    "kfac": "K-FAC",
+    "eigen-adam": "EigenAdam",
+    "eigen-adam-bf16": "EigenAdam in bf16",
+    "adam": "Adam",
+    "nesterov": "Nesterov SGD",
+    "muon": "Muon",
+    "soap": "SOAP",
+}
+OURS = ("kfac", "eigen-adam", "eigen-adam-bf16")
+EVERY_UPDATES = 5  # ours
 EVERY_SECONDS = 0.5  # the others
 SLICES = 40
 ROUGHLY = 1.1
 
-Target = tuple[float, str, str, float, float | None]  # error, of what, against whom, times fewer, goal after that
+# whose, error, of what, against whom, times fewer, goal after that
+Target = tuple[str, float, str, str, float, float | None]
 TARGETS: dict[str, tuple[Target, ...]] = {
     "curves": (
-        (10.0, "updates", "adam", 15.0, None),
-        (10.0, "seconds", "adam", 2.0, 3.0),
-        (10.0, "updates", "nesterov", 25.0, None),
-        (10.0, "seconds", "nesterov", 3.0, None),
-        (8.0, "seconds", "adam", 2.5, 4.0),
+        ("kfac", 10.0, "updates", "adam", 15.0, None),
+        ("kfac", 10.0, "seconds", "adam", 2.0, 3.0),
+        ("kfac", 10.0, "updates", "nesterov", 25.0, None),
+        ("kfac", 10.0, "seconds", "nesterov", 3.0, None),
+        ("kfac", 8.0, "seconds", "adam", 2.5, 4.0),
+        ("eigen-adam", 10.0, "seconds", "adam", 3.0, 5.0),
+        ("eigen-adam", 8.0, "seconds", "adam", 3.0, 5.0),
     ),
     "mnist": (
-        (10.0, "seconds", "adam", 1.0, None),
-        (8.0, "seconds", "adam", 1.0, None),
-        (6.0, "seconds", "adam", 1.5, None),
-        (5.0, "seconds", "adam", 1.0, None),
+        ("kfac", 10.0, "seconds", "adam", 1.0, None),
+        ("kfac", 8.0, "seconds", "adam", 1.0, None),
+        ("kfac", 6.0, "seconds", "adam", 1.5, None),
+        ("kfac", 5.0, "seconds", "adam", 1.0, None),
+        ("eigen-adam", 6.0, "seconds", "adam", 2.0, None),
     ),
 }
 
@@ -131,12 +144,14 @@ def medians(records: Sequence[dict[str, Any]], name: str, error: float) -> dict[
     }
 
 
-def fewer(records: Sequence[dict[str, Any]], error: float, of: str, against: str) -> tuple[float | None, str]:
-    """How many times fewer updates or seconds K-FAC needs than the other; the number, and the cell of the table.
+def fewer(
+    records: Sequence[dict[str, Any]], error: float, of: str, against: str, ours_is: str = "kfac"
+) -> tuple[float | None, str]:
+    """How many times fewer updates or seconds ours needs than the other; the number, and the cell of the table.
 
-    Where the other did not get there within its time, the ratio is at least what it had spent by K-FAC's.
+    Where the other did not get there within its time, the ratio is at least what it had spent by ours.
     """
-    ours, theirs = medians(records, "kfac", error)[of], medians(records, against, error)
+    ours, theirs = medians(records, ours_is, error)[of], medians(records, against, error)
     if ours is None or theirs[of] is not None:
         value = ratio(theirs[of], ours)
         return value, cell(value)
@@ -155,22 +170,24 @@ def crossings(records: Sequence[dict[str, Any]], errors: Sequence[float] = ERROR
     return table(header, lines)
 
 
-def ratios(records: Sequence[dict[str, Any]], errors: Sequence[float] = ERRORS) -> str:
-    """How many times fewer updates and seconds K-FAC needs than each of the others."""
-    others = [name for name in dict.fromkeys(record["optimizer"] for record in records) if name != "kfac"]
+def ratios(records: Sequence[dict[str, Any]], errors: Sequence[float] = ERRORS, ours: str = "kfac") -> str:
+    """How many times fewer updates and seconds ours needs than each of the others."""
+    others = [name for name in dict.fromkeys(record["optimizer"] for record in records) if name not in OURS]
     pairs = list(itertools.product(others, ("updates", "seconds")))
-    lines = [[cell(error), *(fewer(records, error, of, other)[1] for other, of in pairs)] for error in errors]
-    return table(["error", *(f"{TITLES[other]} / K-FAC, {of}" for other, of in pairs)], lines)
+    lines = [[cell(error), *(fewer(records, error, of, other, ours)[1] for other, of in pairs)] for error in errors]
+    return table(["error", *(f"{TITLES[other]} / {TITLES[ours]}, {of}" for other, of in pairs)], lines)
 
 
 def against_targets(records: Sequence[dict[str, Any]], task: str) -> str:
     """The targets of a task, what was reached, and whether that meets them."""
-    lines = []
-    for error, of, against, target, goal in TARGETS.get(task, ()):
-        value, text = fewer(records, error, of, against)
+    lines, raced = [], {record["optimizer"] for record in records}
+    for ours, error, of, against, target, goal in TARGETS.get(task, ()):
+        if not {ours, against} <= raced:
+            continue
+        value, text = fewer(records, error, of, against, ours)
         met = value is not None and value >= target
         beyond = None if goal is None else value is not None and value >= goal
-        lines.append([f"{TITLES[against]} / K-FAC, {of} to error {error:g}", text, target, met, goal, beyond])
+        lines.append([f"{TITLES[against]} / {TITLES[ours]}, {of} to error {error:g}", text, target, met, goal, beyond])
     return table(["", "measured", "at least", "met", "goal", "met"], lines)
 
 
@@ -178,13 +195,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", nargs="?", default="curves", choices=sorted(TARGETS), help="default: %(default)s")
     parser.add_argument("--seeds", type=positive(int), default=3, help="so many, from 0 (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=positive(float), help="CPU-seconds of Adam and Nesterov SGD (default: 120); K-FAC has half"
+        "--seconds",
+        type=positive(float),
+        help="CPU-seconds of the first-order methods (default: 120); K-FAC and EigenAdam have half",
+    )
+    parser.add_argument(
+        "--optimizers",
+        default=",".join(SECONDS),
+        help=f"comma-separated, out of {','.join(TITLES)} (default: %(default)s)",
     )
 
 
 def main(options: argparse.Namespace) -> None:
     task, scale = load(options.task), 1.0 if options.seconds is None else options.seconds / SECONDS["adam"]
-    seconds = {name: value * scale for name, value in SECONDS.items()}
+    names = options.optimizers.split(",")
+    if unknown := [name for name in names if name not in TITLES]:
+        raise ValueError(f"--optimizers: {', '.join(unknown)} is none of {', '.join(TITLES)}")
+    seconds = {name: SECONDS["kfac" if name in OURS else "adam"] * scale for name in names}
     records, settings = measure(task, range(options.seeds), seconds)
     lost = [
         f"{TITLES[r['optimizer']]}, seed {r['seed']}: {r['over']}" for r in records if r["over"] not in ("", "stopped")
@@ -192,8 +219,17 @@ def main(options: argparse.Namespace) -> None:
     baselines = "; ".join(
         f"{TITLES[name]}: " + ", ".join(f"{key} {value:g}" for key, value in settings[name].items())
         for name in settings
-        if name != "kfac"
+        if name not in OURS
     )
+    ours = [name for name in OURS if name in settings]
+    comparisons = [
+        part
+        for name in ours
+        for part in (
+            f"How many times fewer {TITLES[name]} needs (`>`: the other did not get there in its time):",
+            ratios(records, ours=name),
+        )
+    ]
     save(
         f"convergence-{task.name}",
         f"Updates and seconds to an error: {task.name}",
@@ -201,15 +237,15 @@ def main(options: argparse.Namespace) -> None:
             f"Medians of {options.seeds} seeds; tanh units; CPU-seconds of one thread. The error is the better of the "
             f"iterate's and of the running average's. {baselines}. Time limits: "
             + ", ".join(f"{TITLES[name]} {value:g} s" for name, value in seconds.items())
+            + (f". EigenAdam: {settings['eigen-adam']['batch_size']}" if "eigen-adam" in settings else "")
             + ". A dash: not reached by most seeds."
             + (f" Runs that ended early: {'; '.join(lost)}." if lost else ""),
             crossings(records),
-            "How many times fewer K-FAC needs (`>`: the other did not get there in its time):",
-            ratios(records),
+            *comparisons,
             against_targets(records, task.name),
         ],
-        {"errors": ERRORS, "seconds": seconds, "baselines": {**settings, "kfac": None}, "runs": records},
+        {"errors": ERRORS, "seconds": seconds, "settings": settings, "runs": records},
         command=options.command,
-        settings=settings["kfac"],
+        settings=settings.get("kfac"),
         folder=options.out,
     )

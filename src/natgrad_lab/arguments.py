@@ -20,6 +20,7 @@ OPTIMIZERS = (
     "kfac-ekfac",
     "kfac-tridiagonal",
     "eigen-adam",
+    "eigen-adam-bf16",
     "hessian-free",
     "krylov",
     "natural-gradient",
@@ -31,6 +32,8 @@ OPTIMIZERS = (
     "nesterov",
     "adamw",
     "sgd",
+    "muon",
+    "soap",
 )
 
 

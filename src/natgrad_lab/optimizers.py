@@ -22,6 +22,8 @@ BASELINE_DEFAULTS: dict[str, dict[str, float]] = {
     "adamw": {"lr": 1e-3, "batch_size": 250, "weight_decay": 1e-2},
     "nesterov": {"lr": 3e-3, "mu_max": 0.99, "batch_size": 250},
     "sgd": {"lr": 1e-2, "batch_size": 250},
+    "muon": {"lr": 1e-3, "batch_size": 250},
+    "soap": {"lr": 3e-3, "weight_decay": 0.0, "batch_size": 250},
 }
 
 
@@ -149,7 +151,7 @@ def _kfac(name: str, task: Any, model: nn.Module, seed: int, overrides: dict[str
     growth = {**settings["batch_size"], "final": n}
     growth["start"] = min(growth["start"], n)
     make_optimizer = ng.KFAC.paper if name == "kfac-paper" else ng.KFAC
-    optimizer = make_optimizer(model, task.likelihood, seed=seed, **_kfac_arguments(settings["arguments"], task))
+    optimizer = make_optimizer(model, task.likelihood, seed=seed, **_objects(settings["arguments"], task))
     in_force = {key: repr(getattr(optimizer, key)) for key in _IN_FORCE if hasattr(optimizer, key)}
 
     def step(x: Tensor, y: Tensor) -> Tensor:
@@ -171,7 +173,8 @@ def _family(name: str, task: Any, model: nn.Module, seed: int, overrides: dict[s
         optimizer, step = _whitened(task, model, settings["arguments"])
         return Competitor(name, model, optimizer, step, ExponentialBatchSize(**growth), settings)
     sampled = {} if name in _UNSEEDED else {"seed": seed}
-    optimizer = getattr(ng, _FAMILY[name])(model, task.likelihood, **sampled, **settings["arguments"])
+    arguments = _objects(settings["arguments"], task)
+    optimizer = getattr(ng, _FAMILY[name])(model, task.likelihood, **sampled, **arguments)
     return Competitor(name, model, optimizer, optimizer.step, ExponentialBatchSize(**growth), settings)
 
 
@@ -214,10 +217,11 @@ def _whitened(
 _IN_FORCE = ("damping", "l2", "momentum", "subsets", "periods", "guard", "decay")
 
 
-def _kfac_arguments(arguments: dict[str, Any], task: Any) -> dict[str, Any]:
-    """A recipe's plain values as arguments of `natgrad.KFAC`.
+def _objects(arguments: dict[str, Any], task: Any) -> dict[str, Any]:
+    """A recipe's plain values as arguments of `natgrad.KFAC` and its relatives.
 
-    A mapping becomes the settings object that the argument takes; `"static_inputs": true` becomes the training inputs.
+    A mapping becomes the settings object that the argument takes; `"static_inputs": true` becomes the training inputs,
+    the name of a dtype that dtype.
     """
     from natgrad.optim import settings
 
@@ -230,6 +234,8 @@ def _kfac_arguments(arguments: dict[str, Any], task: Any) -> dict[str, Any]:
     made = {k: objects[k](**v) if k in objects and isinstance(v, dict) else v for k, v in arguments.items()}
     if made.pop("static_inputs", False):
         made["static_inputs"] = task.x_train
+    if "rotation_dtype" in made:
+        made["rotation_dtype"] = getattr(torch, str(made["rotation_dtype"]))
     return made
 
 
@@ -239,6 +245,18 @@ def _nesterov(parameters: list[nn.Parameter], **arguments: Any) -> torch.optim.O
     return NesterovSGD(parameters, **arguments)
 
 
+def _muon(parameters: list[nn.Parameter], **arguments: Any) -> torch.optim.Optimizer:
+    from natgrad_lab.rivals import MuonWithAdam
+
+    return MuonWithAdam(parameters, **arguments)
+
+
+def _soap(parameters: list[nn.Parameter], **arguments: Any) -> torch.optim.Optimizer:
+    from natgrad_lab.rivals import soap
+
+    return soap(parameters, **arguments)
+
+
 # fused: one kernel over all parameters, the fastest form that PyTorch has, so that the baselines are not slowed by
 # their loops.
 _FIRST_ORDER: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -246,6 +264,8 @@ _FIRST_ORDER: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "nesterov": _nesterov,
     "adamw": lambda parameters, **arguments: torch.optim.AdamW(parameters, fused=True, **arguments),
     "sgd": lambda parameters, **arguments: torch.optim.SGD(parameters, fused=True, **arguments),
+    "muon": _muon,
+    "soap": _soap,
 }
 
 _FAMILY = {
@@ -257,6 +277,7 @@ _FAMILY = {
     "centered": "CenteredSGD",
     "prong": "PRONG",
     "eigen-adam": "EigenAdam",
+    "eigen-adam-bf16": "EigenAdam",
 }
 _UNSEEDED = ("acp", "centered")  # nothing is sampled
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import natgrad as ng
 from natgrad.curvature.base import to_dense
+from natgrad.optim.scaling import KLClip
 from natgrad.optim.settings import Periods, Subsets
 
 EVERY = Subsets(1.0, 1.0)
@@ -47,7 +48,8 @@ def test_the_update_is_adams_in_the_eigenbasis(likelihood: Any, rows: int) -> No
     """
     model, (x, y) = mlp(5, 4, 3), data(likelihood, 5, 3, n=rows)
     periods = Periods(inverses=3, early=(1,), statistics=1)
-    opt = ng.EigenAdam(model, likelihood, lr=0.02, betas=(0.8, 0.9), eps=1e-3, warmup=4, subsets=EVERY, periods=periods)
+    settings: dict[str, Any] = {"betas": (0.8, 0.9), "eps": 1e-3, "warmup": 4, "width": 2.0, "clip": None}
+    opt = ng.EigenAdam(model, likelihood, lr=0.02, subsets=EVERY, periods=periods, **settings)
     mean: dict[str, torch.Tensor] = {}
     square: dict[str, torch.Tensor] = {}
     for k in range(1, 8):
@@ -61,7 +63,7 @@ def test_the_update_is_adams_in_the_eigenbasis(likelihood: Any, rows: int) -> No
             square[name] = 0.9 * square.get(name, 0.0) + 0.1 * (QG.T @ gradients[name] @ QA) ** 2
             m = QG.T @ mean[name] @ QA / (1 - 0.8**k)
             step = QG @ (m / ((square[name] / (1 - 0.9**k)).sqrt() + 1e-3)) @ QA.T
-            expected = before[name] - 0.02 * min(k / 4, 1) * step
+            expected = before[name] - 0.02 * math.sqrt(2 / step.shape[1]) * min(k / 4, 1) * step
             torch.testing.assert_close(after[name], expected, rtol=1e-7, atol=1e-9)
     assert len(bases) == 2 and opt.stats["updates"] == 7 and opt.stats["skipped"] == 0
 
@@ -111,6 +113,49 @@ def test_updates_without_statistics_evaluate_no_curvature_rows() -> None:
     assert float(opt._running.updates) == 21
 
 
+@pytest.mark.parametrize("radius", [1e-4, 1e4])
+def test_an_update_moves_the_distribution_by_the_radius_at_most(radius: float) -> None:
+    """½ δᵀ (A ⊗ G) δ, summed over the layers, is the radius where the bound is met; a wide bound changes nothing."""
+    likelihood, model = ng.Gaussian(), mlp(5, 4, 3)
+    x, y = data(likelihood, 5, 3)
+    free = copy.deepcopy(model)
+    before = joint(model, vector(model))
+    opt = ng.EigenAdam(model, likelihood, lr=0.1, warmup=0, subsets=EVERY, clip=KLClip(radius))
+    other = ng.EigenAdam(free, likelihood, lr=0.1, warmup=0, subsets=EVERY, clip=None)
+    opt.step(x, y)
+    other.step(x, y)
+    moved = {name: W - before[name] for name, W in joint(model, vector(model)).items()}
+    freely = {name: W - before[name] for name, W in joint(free, vector(free)).items()}
+    factors = {name: (to_dense(block.A), to_dense(block.G)) for name, block in opt._running.factors.items()}
+    divergence = sum(0.5 * torch.trace(d.T @ factors[name][1] @ d @ factors[name][0]) for name, d in moved.items())
+    if radius == 1e-4:
+        torch.testing.assert_close(divergence, torch.tensor(radius, dtype=torch.float64), rtol=1e-8, atol=0)
+        shares = torch.stack([(moved[name] / freely[name]).flatten()[:3] for name in moved]).flatten()
+        torch.testing.assert_close(shares, shares[:1].expand_as(shares), rtol=1e-6, atol=0)
+    else:
+        assert all(torch.equal(moved[name], freely[name]) for name in moved) and divergence < radius
+
+
+@pytest.mark.parametrize("rows", [12, 4])
+def test_rotations_in_another_dtype_differ_by_its_rounding(rows: int) -> None:
+    """The moments keep the dtype of the parameters; an update in bfloat16 is near the one in float64, not equal."""
+    likelihood, model = ng.Gaussian(), mlp(5, 4, 3)
+    x, y = data(likelihood, 5, 3, n=rows)
+    before, twin, doubled = vector(model), copy.deepcopy(model), copy.deepcopy(model)
+    ends = []
+    for m, dtype in ((model, None), (twin, torch.bfloat16), (doubled, torch.float64)):
+        opt = ng.EigenAdam(m, likelihood, subsets=EVERY, eps=1e-2, periods=Periods(3, (1,)), rotation_dtype=dtype)
+        for _ in range(2):
+            opt.step(x, y)
+        assert opt._mean.dtype == torch.float64
+        ends.append(vector(m) - before)
+    assert torch.equal(ends[0], ends[2])
+    distance = float((ends[1] - ends[0]).norm() / ends[0].norm())
+    assert 1e-4 < distance < 0.03
+    with pytest.raises(ValueError, match="rotation_dtype"):
+        ng.EigenAdam(mlp(3, 2), likelihood, rotation_dtype=torch.int32)
+
+
 class Scaled(nn.Module):
     """A linear layer and a parameter that no rule covers."""
 
@@ -128,7 +173,7 @@ def test_an_uncovered_parameter_takes_adams_own_step_with_decoupled_weight_decay
     model.linear.requires_grad_(False)
     twin = copy.deepcopy(model)
     x, y = data(ng.Gaussian(), 5, 3)
-    opt = ng.EigenAdam(model, ng.Gaussian(), lr=0.05, warmup=0, eps=1e-6, weight_decay=0.1)
+    opt = ng.EigenAdam(model, ng.Gaussian(), lr=0.05, warmup=0, clip=None, eps=1e-6, weight_decay=0.1)
     adam = torch.optim.AdamW([twin.scale], lr=0.05, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     for _ in range(5):
         opt.step(x, y)
@@ -164,7 +209,7 @@ def test_resuming_equals_an_uninterrupted_run(through_a_file: bool) -> None:
     for _ in range(5):
         opt.step(x, y)
         scheduler.step()
-    assert opt.param_groups[0]["lr"] == 5e-3 / 2
+    assert opt.param_groups[0]["lr"] == 1.2e-2 / 2
     again, state = copy.deepcopy(model), opt.state_dict()
     if through_a_file:
         file = io.BytesIO()
@@ -176,7 +221,7 @@ def test_resuming_equals_an_uninterrupted_run(through_a_file: bool) -> None:
     losses = [float(opt.step(x, y)) for _ in range(7)]
     resumed = ng.EigenAdam(again, likelihood, **settings)
     resumed.load_state_dict(state)
-    assert resumed.param_groups[0]["lr"] == 5e-3 / 2
+    assert resumed.param_groups[0]["lr"] == 1.2e-2 / 2
     assert [float(resumed.step(x, y)) for _ in range(7)] == losses
     assert torch.equal(vector(again), vector(model)) and dict(resumed.stats) == dict(opt.stats)
     with pytest.raises(ValueError, match="parameter groups of"):
@@ -205,6 +250,7 @@ def test_it_trains_a_convolutional_network() -> None:
         ({"eps": 0.0}, "eps=0.0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"warmup": -1}, "warmup=-1"),
+        ({"width": 0.0}, "width=0.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -5,7 +5,7 @@ each side.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -117,6 +117,10 @@ class Eigenbasis:
     ) -> Float[Tensor, "out columns"]:
         """``Q_G V Q_Aᵀ``: the inverse of :meth:`rotate`."""
         return _between(self.QG, V, None if self.QA is None else self.QA.mT, out)
+
+    def to(self, dtype: torch.dtype) -> "Eigenbasis":
+        """The same with eigenvectors in another dtype, in which products with them are then taken."""
+        return replace(self, **{key: Q if Q is None else Q.to(dtype) for key, Q in (("QA", self.QA), ("QG", self.QG))})
 
 
 class ExactInverse:
@@ -316,7 +320,11 @@ def _check_regular(basis: Eigenbasis, damping: float | Tensor, what: str) -> Non
 
 
 def _between(left: Tensor | None, V: Tensor, right: Tensor | None, out: Tensor | None) -> Tensor:
-    """``left V right``, where None stands for the identity."""
+    """``left V right``, where None stands for the identity; products in the dtype of left and right."""
+    Q = left if left is not None else right
+    if Q is not None and Q.dtype != V.dtype:
+        product = _between(left, V.to(Q.dtype), right, None)
+        return product.to(V.dtype) if out is None else out.copy_(product)
     if left is not None:
         V = torch.matmul(left, V, out=out if right is None else None)
     if right is not None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from natgrad.optim.evaluation import Evaluator
 from natgrad.optim.inverses import LayerInverses
 from natgrad.optim.layer_state import leaders, load_factors, same_keys, same_shape, save_layer
 from natgrad.optim.layout import JointLayout
+from natgrad.optim.rotations import divergence, rotate, with_rows
+from natgrad.optim.scaling import KLClip
 from natgrad.optim.settings import Periods, Subsets
 from natgrad.optim.static import StaticInputs
 from natgrad.optim.stats import Stats
@@ -38,11 +39,13 @@ class EigenAdam(WholeModelOptimizer):
 
         ``m ← β₁ m + (1−β₁) R,   v ← β₂ v + (1−β₂) R²,   W ← W − lr Q_G [m̂ / (√v̂ + ε)] Q_Aᵀ``
 
-    with m̂ and v̂ corrected for their start at zero. A new basis re-rotates m and leaves v as it was. Parameters that no
-    layer's factors cover take Adam's own step. The learning rate is an ordinary one and rises linearly over the first
+    with m̂ and v̂ corrected for their start at zero and, for a layer of n inputs, ``lr √(width / n)`` in the place of lr:
+    a unit's weights then move as far in a wide layer as in a narrow one. A new basis re-rotates m and leaves v as it
+    was. An update that would move the model's distribution too far is shortened (``clip``). Parameters that no layer's
+    factors cover take Adam's own step. The learning rate is an ordinary one and rises linearly over the first
     ``warmup`` updates; any ``lr_scheduler`` works::
 
-        optimizer = ng.EigenAdam(model, likelihood, lr=5e-3)
+        optimizer = ng.EigenAdam(model, likelihood, lr=1.2e-2)
         loss = optimizer.step(x, y)
 
     Args:
@@ -53,12 +56,17 @@ class EigenAdam(WholeModelOptimizer):
         eps: ε.
         weight_decay: decoupled, as in ``torch.optim.AdamW``.
         warmup: updates until the learning rate is reached.
+        width: the number of inputs of a layer in which lr is the learning rate; None: in all of them.
+        clip: bounds ``½ δᵀ F̆ δ`` of an update δ, about the Kullback-Leibler divergence between the distributions before
+            and after it: a longer δ is shortened. None: no bound.
         seed: of the optimiser's own random stream (subsets, sampled targets).
         forward: ``forward(model, inputs) → z`` where the default call convention does not fit.
         subsets: τ₁, the share of a batch whose sampled targets enter the factors.
         periods: how often the factors take in an estimate, and how often they are decomposed.
         decay: the cap on ε in the decayed averages of the factors.
         static_inputs: as for :class:`natgrad.KFAC`.
+        rotation_dtype: of the products with eigenvectors, such as ``torch.bfloat16`` where the hardware multiplies it
+            faster; None: that of the parameters. Moments, factors and decompositions stay in theirs.
         sharing: as for :func:`natgrad.kronecker_fisher`.
 
     Attributes:
@@ -74,17 +82,20 @@ class EigenAdam(WholeModelOptimizer):
         model: nn.Module,
         likelihood: Likelihood,
         *,
-        lr: float = 5e-3,
+        lr: float = 1.2e-2,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        warmup: int = 20,
+        warmup: int = 5,
+        width: float | None = 400,
+        clip: KLClip | None = KLClip(0.25),
         seed: int = 0,
         forward: Forward | None = None,
         subsets: Subsets = Subsets(1 / 8, 1 / 8),
-        periods: Periods = Periods(inverses=40, early=(1, 2, 3, 5, 10, 15, 20)),
+        periods: Periods = Periods(inverses=10, early=(1, 2, 3, 4, 5, 6, 8, 15, 25)),
         decay: float = 0.95,
         static_inputs: Any = None,
+        rotation_dtype: torch.dtype | None = None,
         sharing: str | Mapping[str, str] = "expand",
     ) -> None:
         if not all(0 <= beta < 1 for beta in betas) or len(betas) != 2:
@@ -93,12 +104,18 @@ class EigenAdam(WholeModelOptimizer):
             raise ValueError(f"eps={eps}, weight_decay={weight_decay}: expected a positive and a non-negative number")
         if warmup < 0:
             raise ValueError(f"warmup={warmup}: expected a number of updates, 0 for none")
+        if width is not None and not 0 < width < math.inf:
+            raise ValueError(f"width={width}: expected a number of inputs, such as 400, or None")
         super().__init__(model, likelihood, lr=lr, seed=seed, forward=forward)
         self.betas, self.eps, self.weight_decay, self.warmup = betas, eps, weight_decay, warmup
-        self.subsets, self.periods = subsets, periods
+        self.subsets, self.periods, self.width, self.clip = subsets, periods, width, clip
         self._coverage = cover(self.view, "identity", "block_diagonal", sharing)
         self.layout = JointLayout(self.view, self._coverage)
         self._running = RunningFactors(decay)
+        if rotation_dtype is not None and not rotation_dtype.is_floating_point:
+            raise ValueError(f"rotation_dtype={rotation_dtype}: expected a real dtype, such as torch.bfloat16")
+        self.rotation_dtype = rotation_dtype
+        self._in_use: dict[str, tuple[Eigenbasis, Eigenbasis]] = {}  # a basis, and the same in rotation_dtype
         self._bases = LayerInverses(ExactTikhonov())
         self._evaluator = Evaluator(
             self.view,
@@ -148,7 +165,10 @@ class EigenAdam(WholeModelOptimizer):
         self._count_step(finite, buffers)
         if evaluation.statistics.examples:
             self._running.update(factors_from(evaluation.statistics, in_place=True), finite)
-        if self._running.factors and (self.periods.due(update) or not self._bases):
+        due = self.periods.due(update) or not self._bases
+        if (
+            due and self._running.factors and finite
+        ):  # reading it once in a while: decompositions wait for the device too
             self._renew()
             self._share_rotations(0)
         self._descend(finite)
@@ -166,8 +186,6 @@ class EigenAdam(WholeModelOptimizer):
     def _renew(self) -> None:
         """New bases from the averaged factors; m is rotated from the old ones into them."""
         mean, bases = self.layout.blocks(self._mean), self._bases
-        if not self._running.updates:  # no estimate was finite so far
-            return
         old = {name: bases.basis(name) for name in mean}
         bases.refresh({name: self._running.factors[name] for name in mean}, 0.0)
         bases.constant = () if self._evaluator.static is None else self._evaluator.static.layers
@@ -183,21 +201,22 @@ class EigenAdam(WholeModelOptimizer):
         return sum(inputs.numel() // inputs.shape[-1] for inputs, _ in batches)
 
     def _share_rotations(self, rows: int) -> None:
-        """Which sides of a gradient are rotated with the rows that it is the product of, and which afterwards.
-
-        ``(g Q_G)ᵀ (a Q_A)`` takes less than ``Q_Gᵀ (gᵀ a) Q_A`` on a side where there are fewer rows than columns, or
-        rows, in the gradient.
-        """
-        bases = {name: self._bases.basis(name) for name in self._coverage.blocks}
-        known = {name: basis for name, basis in bases.items() if basis is not None}
-        self._evaluator.rotations, self._remaining = {}, known
-        for name, basis in known.items() if rows else ():
+        """Which sides of the next gradient are rotated with its rows, and which are left (see :func:`with_rows`)."""
+        self._evaluator.rotations, self._remaining = {}, self._known()
+        for name, basis in self._known().items() if rows else ():
             if "weight" in self._coverage.blocks[name].members:
-                QA, QG = basis.QA if rows < len(basis.g) else None, basis.QG if rows < len(basis.a) else None
-                self._evaluator.rotations[name] = replace(basis, QA=QA, QG=QG)
-                self._remaining[name] = replace(
-                    basis, QA=basis.QA if QA is None else None, QG=basis.QG if QG is None else None
-                )
+                self._evaluator.rotations[name], self._remaining[name] = with_rows(basis, rows)
+
+    def _known(self) -> dict[str, Eigenbasis]:
+        """The bases so far, to rotate with."""
+        found = {name: self._bases.basis(name) for name in self._coverage.blocks}
+        known = {name: basis for name, basis in found.items() if basis is not None}
+        if self.rotation_dtype is None:
+            return known
+        for name, basis in known.items():
+            if name not in self._in_use or self._in_use[name][0] is not basis:
+                self._in_use[name] = basis, basis.to(self.rotation_dtype)
+        return {name: self._in_use[name][1] for name in known}
 
     def _descend(self, finite: Bool[Tensor, ""]) -> None:
         """Adam's step on the rotated gradient; none where ``finite`` is False.
@@ -207,7 +226,7 @@ class EigenAdam(WholeModelOptimizer):
         fused = finite.device.type in ("cpu", "cuda")
         if finite.device.type != "cuda" and not finite:
             return
-        self._rotate("rotate", self._remaining, self._gradient, self._rotated)
+        rotate(self.layout, self._remaining, self._gradient, self._rotated)
         step = self._gradient.zero_()
         adam(
             [step],
@@ -227,9 +246,13 @@ class EigenAdam(WholeModelOptimizer):
             eps=self.eps,
             maximize=False,
         )
-        bases = {name: self._bases.basis(name) for name in self._coverage.blocks}
-        self._rotate("rotate_back", bases, step, self._rotated)
+        bases = self._known()
         rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+        for name, V in self.layout.blocks(step).items():
+            V.mul_(self._share(name))
+        if self.clip is not None and bases:
+            step.mul_(self.clip(divergence(self.layout, bases, step) * max(rates.values()) ** 2))
+        rotate(self.layout, bases, step, self._rotated, back=True)
         for name, step in self.layout.parameters(self._rotated).items():
             parameter = self.view.parameters[name]
             lr = rates[id(parameter)]
@@ -237,24 +260,12 @@ class EigenAdam(WholeModelOptimizer):
                 parameter.mul_(1 - lr * self.weight_decay * finite.to(parameter.dtype))
             parameter.add_(step, alpha=lr)
 
-    def _rotate(
-        self,
-        how: str,
-        bases: Mapping[str, Eigenbasis | None],
-        vector: Float[Tensor, " size"],
-        out: Float[Tensor, " size"],
-    ) -> None:
-        """A vector over the parameters, each layer's block rotated; the rest as it is."""
-        found = self.layout.blocks(out)
-        for name, V in self.layout.blocks(vector).items():
-            basis = bases.get(name)
-            if basis is None:
-                found[name].copy_(V)
-            else:
-                getattr(basis, how)(V, found[name])
-        others = self.layout.others(out)
-        for name, part in self.layout.others(vector).items():
-            others[name].copy_(part)
+    def _share(self, name: str) -> float:
+        """``√(width / n)`` of a layer with n inputs; 1 where A is diagonal: one input at a time, as in an embedding."""
+        block = self._coverage.blocks[name]
+        if self.width is None or len(block.factor_shapes[0]) < 2:
+            return 1.0
+        return math.sqrt(self.width / block.shape[-1])
 
     def _numbers(self) -> dict[str, Tensor]:
         return {"taken": self._taken}

@@ -304,10 +304,12 @@ def _add_products(
     beta = float(add)  # at 0 what was there does not matter, not even if it is not finite
     for a, g in pairs:
         a, g = flatten_rows(a), flatten_rows(g)
-        g = g if basis is None or basis.QG is None else g @ basis.QG
+        if basis is not None and basis.QG is not None:
+            g = (g.to(basis.QG.dtype) @ basis.QG).to(into.dtype)
         if basis is not None and basis.QA is not None:
-            QA = basis.QA
-            into.addmm_(g.T, torch.addmm(QA[-1], a, QA[:-1]) if bias else a @ QA, beta=beta)
+            QA, a = basis.QA, a.to(basis.QA.dtype)
+            rotated = torch.addmm(QA[-1], a, QA[:-1]) if bias else a @ QA
+            into.addmm_(g.T, rotated.to(into.dtype), beta=beta)
             beta = 1.0
             continue
         if weight:
