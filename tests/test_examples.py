@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,4 +32,62 @@ def test_physics_informed_network_and_its_picture(tmp_path: Path) -> None:
     errors = example.main(["--steps", "20", "--width", "8", "--points", "32", "--seconds", "60", "--out", str(out)])
     assert errors["natural gradient"] < 0.6 * before
     assert errors["natural gradient"] < errors["Adam"]
+    assert out.stat().st_size > 5000
+
+
+def test_image_classifier_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = load("image_classifier")
+    with torch.device("meta"):
+        resnet20 = example.make_model(3, 16, 3, seed=0)
+    layers = [m for m in resnet20.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    assert sum(layer.weight.shape[2:] != (1, 1) for layer in layers) == 20
+    assert sum(p.numel() for p in resnet20.parameters()) == 272_282
+    out = tmp_path / "picture.png"
+    sizes = ["--data", "digits", "--width", "4", "--blocks", "1", "--batch", "64", "--evaluations", "3"]
+    best = example.main([*sizes, "--steps", "40", "--rates", "1", "--out", str(out)])
+    assert list(best) == ["SGD", "AdamW", "preconditioned SGD"] == [run.method for run in best.values()]
+    assert all(run.steps == [13, 26, 39, 40] and run.seconds == sorted(run.seconds) for run in best.values())
+    assert best["preconditioned SGD"].losses[-1] < 0.8 * min(best["SGD"].losses[-1], best["AdamW"].losses[-1])
+    assert out.stat().st_size > 5000
+
+
+def test_image_classifier_falls_back_to_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setenv("NATGRAD_DATA", str(tmp_path))
+    assert load("image_classifier").load().name == "digits"
+    assert load("char_transformer").load().name == "sonnets"
+
+
+def test_char_transformer_on_two_sonnets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = load("char_transformer")
+    text = example.load("sonnets")
+    x, y = text.windows(text.train, 8, 3, torch.Generator().manual_seed(0))
+    assert x.shape == y.shape == (3, 8) and torch.equal(x[:, 1:], y[:, :-1])
+    model = example.make_model(len(text.characters), 8, 16, 1, seed=0)
+    changed = x.clone()
+    changed[:, 5] += 1
+    torch.testing.assert_close(model(x)[:, :5], model(changed)[:, :5])  # no look ahead
+    assert not torch.allclose(model(x)[:, 5:], model(changed)[:, 5:])
+    out = tmp_path / "picture.png"
+    sizes = ["--data", "sonnets", "--width", "16", "--layers", "1", "--context", "16", "--evaluations", "2"]
+    best = example.main([*sizes, "--steps", "60", "--rates", "1", "--out", str(out)])
+    uniform = torch.tensor(float(len(text.characters))).log()
+    assert all(run.losses[-1] < 0.85 * uniform for run in best.values())
+    assert out.stat().st_size > 5000
+
+
+def test_lora_trains_the_adapters_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = load("lora")
+    base = example.pretrained(16, 100, seed=0)
+    x, y, _, _ = example.load(example.FIRST)
+    assert (base(x).argmax(1) == y).float().mean() > 0.9
+    model = example.adapted(base, 2, seed=0)
+    torch.testing.assert_close(model(x), base(x))  # adapters begin at 0
+    assert {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad} == {"down", "up"}
+    out = tmp_path / "picture.png"
+    best = example.main(["--steps", "120", "--rates", "1", "--evaluations", "3", "--out", str(out)])
+    assert best["preconditioned SGD"].losses[-1] < 0.8 * best["AdamW"].losses[-1]
     assert out.stat().st_size > 5000
