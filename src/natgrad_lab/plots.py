@@ -1,5 +1,6 @@
 """The two pictures of a race: error against seconds and against updates. They read records only."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,6 +42,17 @@ THEMES = {
 }
 
 
+def styles_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every optimiser: its own where it has one, else what no other in the race has."""
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for own, spare in ((COLOURS, SPARE_COLOURS), (MARKERS, SPARE_MARKERS)):
+        taken = {own[name] for name in names if name in own}
+        free = itertools.cycle([style for style in spare if style not in taken] or spare)
+        for name in names:
+            found[name].append(own[name] if name in own else next(free))
+    return {name: (colour, marker) for name, (colour, marker) in found.items()}
+
+
 def draw(race: Race, against: str, theme: str = "light") -> Figure:
     """One picture.
 
@@ -57,12 +69,12 @@ def draw(race: Race, against: str, theme: str = "light") -> Figure:
     axes = figure.add_subplot(facecolor=colours["ground"])
     of: Callable[[Evaluation], float] = (lambda e: e.seconds) if against == "seconds" else (lambda e: float(e.update))
     ends: list[tuple[float, float, str, str]] = []
-    for i, trace in enumerate(race.traces.values()):
+    styles = styles_of(list(race.traces))
+    for trace in race.traces.values():
         points = _points(trace, of)
         if not points:
             continue
-        colour = COLOURS.get(trace.name, SPARE_COLOURS[i % len(SPARE_COLOURS)])
-        marker = MARKERS.get(trace.name, SPARE_MARKERS[i % len(SPARE_MARKERS)])
+        colour, marker = styles[trace.name]
         x, train, test = zip(*points, strict=True)
         axes.plot(x, test, color=colour, linewidth=1.0, linestyle=(0, (4, 3)), alpha=0.85)
         axes.plot(x, train, color=colour, linewidth=2.2, marker=marker, markersize=6, markevery=max(1, len(x) // 8))

@@ -182,3 +182,10 @@ def test_numbers_are_shown_with_four_digits() -> None:
     shown = [number(v) for v in (123.456, 12.3456, 1.23456, 0.123456, 1e-5, math.nan)]
     assert shown == ["123.5", "12.35", "1.235", "0.1235", "1e-05", "–"]
     assert [count(v) for v in (999, 12345, 12_345_678)] == ["999", "12 345", "12.35M"]
+
+
+def test_no_two_optimisers_of_a_race_look_alike() -> None:
+    styles = plots.styles_of(["kfac", "eigen-adam", "adam", "tonga", "nesterov"])
+    assert styles["kfac"] == ("#0072B2", "o") and styles["adam"] == ("#D55E00", "s")
+    for look in zip(*styles.values(), strict=True):
+        assert len(set(look)) == 5
