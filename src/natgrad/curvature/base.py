@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from natgrad.curvature.gram import Gram, add_grams, dense
+
 
 @dataclass(frozen=True)
 class Diagonal:
@@ -36,7 +38,7 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class Factors:
-    """The Kronecker factors of one layer's block ``A ⊗ G``; either may be :class:`Diagonal`.
+    """The Kronecker factors of one layer's block ``A ⊗ G``; either may be :class:`Diagonal` or :class:`Gram`.
 
     A grouped layer has a stack of blocks: both factors then have a leading dimension, and so has the matrix they act
     on.
@@ -47,8 +49,8 @@ class Factors:
         S: second moments of the gradient in the eigenbasis of A and G (see :mod:`natgrad.curvature.ekfac`), or None.
     """
 
-    A: Float[Tensor, "*stack columns columns"] | Diagonal
-    G: Float[Tensor, "*stack out out"] | Diagonal
+    A: Float[Tensor, "*stack columns columns"] | Diagonal | Gram
+    G: Float[Tensor, "*stack out out"] | Diagonal | Gram
     S: Float[Tensor, "out columns"] | None = None
 
     def to_dense(self) -> Float[Tensor, "size size"]:
@@ -58,7 +60,7 @@ class Factors:
 
 @dataclass
 class LayerSums:
-    """Sums of outer products of one layer. A vector stands for a diagonal matrix.
+    """Sums of outer products of one layer. A vector stands for a diagonal matrix; few rows are kept as such.
 
     Args:
         A: ``Σ a aᵀ``, ``[in (+1), in (+1)]``, or its diagonal.
@@ -68,8 +70,8 @@ class LayerSums:
         squares: ``Σ (Q_Gᵀ ∇_n Q_A)²`` over examples in a given eigenbasis, ``[out, in (+1)]``, or None.
     """
 
-    A: Tensor
-    G: Tensor
+    A: Tensor | Gram
+    G: Tensor | Gram
     rows: float | Tensor
     squares: Tensor | None = None
 
@@ -126,7 +128,7 @@ class Statistics:
         state["count"] = torch.as_tensor(self.count).clone()
         state["additive"] = torch.tensor(self.additive)
         for name, sums in self.layers.items():
-            state[f"{name}/A"], state[f"{name}/G"] = sums.A, sums.G
+            state[f"{name}/A"], state[f"{name}/G"] = dense(sums.A), dense(sums.G)
             state[f"{name}/rows"] = torch.as_tensor(sums.rows, dtype=torch.float64)
             if sums.squares is not None:
                 state[f"{name}/squares"] = sums.squares
@@ -162,24 +164,29 @@ def factors_from(statistics: Statistics, *, in_place: bool = False) -> dict[str,
     scale = {s.rows: unit / s.rows if s.rows else 0.0 for s in layers.values() if not isinstance(s.rows, Tensor)}
     factors = {}
     for name, sums in layers.items():
-        divided = (sums.A.div_, sums.G.mul_) if in_place else (sums.A.div, sums.G.mul)
         if isinstance(sums.rows, Tensor):
-            per_row = torch.where(sums.rows > 0, unit / sums.rows, 0.0).to(sums.G.dtype)
+            per_row = torch.where(sums.rows > 0, unit / sums.rows, 0.0).to(dense(sums.G).dtype)
         else:
             per_row = scale[sums.rows]
         squares = None if sums.squares is None else sums.squares / statistics.count
-        factors[name] = Factors(_factor(divided[0](statistics.examples)), _factor(divided[1](per_row)), squares)
+        A, G = _times(sums.A, 1 / statistics.examples, in_place), _times(sums.G, per_row, in_place)
+        factors[name] = Factors(_factor(A), _factor(G), squares)
     return factors
 
 
-def to_dense(factor: Tensor | Diagonal) -> Float[Tensor, "*stack d d"]:
+def to_dense(factor: Tensor | Diagonal | Gram) -> Float[Tensor, "*stack d d"]:
     """A factor as a matrix, or a stack of them."""
-    return factor.to_dense() if isinstance(factor, Diagonal) else factor
+    return factor if isinstance(factor, Tensor) else factor.to_dense()
 
 
-def diagonal(factor: Tensor | Diagonal) -> Float[Tensor, " d"]:
+def entries(factor: Tensor | Diagonal | Gram) -> Tensor:
+    """A factor as a matrix, a diagonal one as its diagonal."""
+    return factor.vector if isinstance(factor, Diagonal) else dense(factor)
+
+
+def diagonal(factor: Tensor | Diagonal | Gram) -> Float[Tensor, " d"]:
     """The diagonal of a factor."""
-    return factor.vector if isinstance(factor, Diagonal) else factor.diagonal()
+    return factor.vector if isinstance(factor, Diagonal) else dense(factor).diagonal()
 
 
 def kron(A: Float[Tensor, "a b"], G: Float[Tensor, "c d"]) -> Float[Tensor, "ac bd"]:
@@ -196,11 +203,15 @@ def _rows(saved: Tensor) -> float | Tensor:
     return saved if saved.ndim else float(saved)
 
 
-def _factor(mean: Tensor) -> Tensor | Diagonal:
-    return Diagonal(mean) if mean.ndim == 1 else mean
+def _times(total: Tensor | Gram, factor: float | Tensor, in_place: bool) -> Tensor | Gram:
+    return total.mul_(factor) if in_place and isinstance(total, Tensor) else total * factor
 
 
-def _added(x: Tensor, y: Tensor) -> Tensor:
-    if x.ndim != y.ndim:
-        x, y = (torch.diag(t) if t.ndim == 1 else t for t in (x, y))
-    return x + y
+def _factor(mean: Tensor | Gram) -> Tensor | Diagonal | Gram:
+    return Diagonal(mean) if isinstance(mean, Tensor) and mean.ndim == 1 else mean
+
+
+def _added(x: Tensor | Gram, y: Tensor | Gram) -> Tensor | Gram:
+    if len(x.shape) != len(y.shape):
+        x, y = (torch.diag(t) if t.ndim == 1 else t for t in (dense(x), dense(y)))
+    return add_grams(x, y)

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from natgrad.curvature.base import Diagonal, Factors, kron, kron_blocks
+from natgrad.curvature.base import Diagonal, Factors, entries, kron, kron_blocks, to_dense
+from natgrad.curvature.gram import Gram
 from natgrad.damping import ExactTikhonov, FactoredTikhonov, check_damping
 from natgrad.linalg.iterative import NewtonSchulz
 from natgrad.linalg.low_rank import DiagonalMinusLowRank, LowRank
@@ -233,7 +234,7 @@ def invert_block(
         return ExactInverse(basis, damping)
     if not isinstance(rule, FactoredTikhonov):
         raise TypeError(f"rule: expected FactoredTikhonov(...) or ExactTikhonov(), got {rule!r}")
-    A, G = (x.vector if isinstance(x, Diagonal) else x for x in (factors.A, factors.G))
+    A, G = entries(factors.A), entries(factors.G)
     if A.ndim == G.ndim == 1 and len(G) == 1:  # a diagonal matrix: to damp it exactly costs nothing
         scaled = A * G
         inverse, ok = _inverted(scaled, torch.as_tensor(damping, dtype=A.dtype, device=A.device))
@@ -255,12 +256,12 @@ def invert_block(
     return FactoredInverse(A_inverse, G_inverse, ok_a & ok_g)
 
 
-def _basis(factor: Tensor | Diagonal, check: bool, what: str) -> tuple[Tensor | None, Tensor, Tensor]:
+def _basis(factor: Tensor | Diagonal | Gram, check: bool, what: str) -> tuple[Tensor | None, Tensor, Tensor]:
     if isinstance(factor, Diagonal):
         if check and not torch.isfinite(factor.vector).all():
             raise ValueError(f"{what} holds NaN or infinite values")
         return None, factor.vector.clamp(min=0), torch.isfinite(factor.vector).all()
-    values, vectors, ok = safe_eigh(factor, check=check, what=what)
+    values, vectors, ok = safe_eigh(to_dense(factor), check=check, what=what)
     # By rows, whatever the backend returns: products round alike when a checkpoint brings the same numbers back.
     return vectors.contiguous(), values.clamp(min=0), ok
 

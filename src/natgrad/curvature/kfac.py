@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from natgrad.curvature.base import Diagonal, Factors, Statistics, factors_from, to_dense
 from natgrad.curvature.cotangents import check_expectation, cotangents, fisher_diagonal, validate_targets
 from natgrad.curvature.ekfac import GradientSquares
+from natgrad.curvature.gram import dense
 from natgrad.curvature.inverse import (
     BlockInverse,
     Eigenbasis,
@@ -109,6 +110,7 @@ def statistics_from(
     bases: Mapping[str, Eigenbasis] | None = None,
     order: Sequence[str] = (),
     coupled: bool = False,
+    keep_rows: bool = False,
 ) -> Statistics:
     """Statistics from a forward pass that was recorded, by further backward passes; its graph is kept.
 
@@ -130,6 +132,7 @@ def statistics_from(
             come from the same rows and draws: ``diagonal_output`` and ``input_factors`` have no effect.
         coupled: whether an example's output depends on the other examples; the derivatives of an exact expectation
             are then taken example by example.
+        keep_rows: keep rows in the place of matrices where they are fewer than columns (:class:`Gram`).
 
     Raises:
         ValueError: targets are missing, the expectation is unknown, or neighbours were used on different rows.
@@ -155,7 +158,9 @@ def statistics_from(
     }
     known_A = {} if order or input_factors is None else input_factors
     sums = {
-        name: input_sums(block, uses.get(name, []), rows, known_A.get(name), outputs=name not in known)
+        name: input_sums(
+            block, uses.get(name, []), rows, known_A.get(name), outputs=name not in known, keep_rows=keep_rows
+        )
         for name, block in record.blocks.items()
     }
     squares: GradientSquares | None = None
@@ -191,9 +196,10 @@ def statistics_from(
                     pairs.add(found)
                 for name, gradient in zip(bare, bare_gradients, strict=True):
                     if gradient is not None:
-                        sums[name].A.add_(gradient.to(sums[name].A.dtype).flatten().square())
+                        squares_of = dense(sums[name].A)  # a vector
+                        squares_of.add_(gradient.to(squares_of.dtype).flatten().square())
     for name, vector in known.items():
-        sums[name].G = vector.to(sums[name].A.dtype)
+        sums[name].G = vector.to(record.blocks[name].dtype)
         if squares is not None and diagonal is not None:
             squares.add_diagonal(name, diagonal.expand_as(z_rows))
     if squares is not None:

@@ -8,7 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.curvature.base import LayerSums
+from natgrad.curvature.gram import Gram, add_grams, dense
 from natgrad.layers.factors import flatten_rows
+from natgrad.layers.linear import LinearRule
 from natgrad.layers.rules import Block, DiagonalRule, KroneckerRule, Use
 
 # Examples whose derivatives are taken one by one, in one vectorised backward pass.
@@ -16,7 +18,13 @@ _EXAMPLES_AT_ONCE = 16
 
 
 def input_sums(
-    block: Block, uses: Sequence[Use], rows: int, factor: Tensor | None = None, *, outputs: bool = True
+    block: Block,
+    uses: Sequence[Use],
+    rows: int,
+    factor: Tensor | None = None,
+    *,
+    outputs: bool = True,
+    keep_rows: bool = False,
 ) -> LayerSums:
     """``Σ ā āᵀ`` over the calls of a layer for the leading examples, with a G of zeros.
 
@@ -28,6 +36,7 @@ def input_sums(
         rows: the number of leading examples.
         factor: A where it is known: the sum is then that many times A.
         outputs: whether G is a matrix; otherwise it is left empty, for who knows its diagonal.
+        keep_rows: keep the rows of a linear layer, where they are fewer than its columns, in the place of matrices.
     """
     a_shape, g_shape = block.factor_shapes
     like = next(iter(block.parameters.values())).detach()
@@ -36,6 +45,9 @@ def input_sums(
             like.new_zeros(a_shape, dtype=block.dtype), like.new_full((1,), rows, dtype=block.dtype), float(rows)
         )
     assert isinstance(block.rule, KroneckerRule)  # for the type checker
+    if keep_rows and (kept := _kept(block, uses)) is not None:
+        G: Tensor | Gram = Gram(kept.rows.new_zeros(0, *g_shape[-1:])) if outputs else kept.rows.new_zeros(g_shape[-1:])
+        return LayerSums(kept if factor is None else factor.to(block.dtype) * rows, G, float(len(kept.rows)))
     total: Tensor | None = None
     used: float | Tensor = 0.0
     if factor is not None:  # of a linear layer whose every row counts: see natgrad.optim.static
@@ -60,7 +72,11 @@ def add_outputs(
     if isinstance(rule, KroneckerRule):
         for use, g in zip(uses, gradients, strict=True):
             # Rows of other examples hold zeros: where they cannot be told apart they do no harm.
-            rule.output_sum(block, *_leading_gradient(use, g, rows, batch), sums.G)
+            use, g = _leading_gradient(use, g, rows, batch)
+            if isinstance(sums.G, Gram):
+                sums.G = add_grams(sums.G, Gram(flatten_rows(g).to(block.dtype)))
+            else:
+                rule.output_sum(block, use, g, sums.G)
     elif isinstance(rule, DiagonalRule):
         parts = [
             rule.per_example(block, *_leading_gradient(use, g, rows, batch))
@@ -69,7 +85,17 @@ def add_outputs(
         if all(part.shape == parts[0].shape for part in parts):  # an example's gradient is the sum over the calls
             parts = [torch.stack(parts).sum(0)] if len(parts) > 1 else parts
         for part in parts:
-            sums.A.add_(part.square().sum(0))
+            dense(sums.A).add_(part.square().sum(0))
+
+
+def _kept(block: Block, uses: Sequence[Use]) -> Gram | None:
+    """The rows of a linear layer's only call, where they take less memory than the matrix."""
+    if type(block.rule) is not LinearRule or block.sharing != "expand" or "weight" not in block.members:
+        return None
+    if len(uses) != 1 or uses[0].share != 1:
+        return None
+    a = flatten_rows(uses[0].input)
+    return Gram(a.to(block.dtype), bias="bias" in block.members) if len(a) < a.shape[1] else None
 
 
 def leading_use(block: Block, use: Use, rows: int, batch: int, *, apart: bool = False) -> Use:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Diagonal, Factors, Statistics, factors_from, to_dense
+from natgrad.curvature.base import Factors, Statistics, entries, factors_from, to_dense
 from natgrad.curvature.dense import pair_blocks
 from natgrad.curvature.ekfac import EigenBlock, with_second_moments
 from natgrad.curvature.input_covariance import input_covariance_factors, input_covariance_inverse
@@ -173,8 +173,7 @@ def _diagonal_pairs(pairs: Factors, coverage: Coverage) -> dict[str, Factors]:
 
 
 def _plain(factors: Factors) -> tuple[Tensor, Tensor]:
-    A, G = (f.vector if isinstance(f, Diagonal) else f for f in (factors.A, factors.G))
-    return A, G
+    return entries(factors.A), entries(factors.G)
 
 
 def _diagonal_operator(diagonal: Tensor) -> Kronecker:

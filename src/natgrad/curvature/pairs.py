@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.base import LayerSums
+from natgrad.curvature.gram import dense
 from natgrad.layers.capture import Record
 from natgrad.layers.factors import cross_moment, flatten_rows
 
@@ -72,7 +73,7 @@ class PairSums:
                     f"layers {lower!r} and {upper!r} have inputs of shapes {list(a.shape)} and {list(b.shape)}: "
                     "their rows do not belong together one by one; use structure='block_diagonal' for this model"
                 )
-            dtype = layers[lower].A.dtype
+            dtype = record.blocks[lower].dtype
             (a, share), (b, _) = leading(a), leading(b)
             moment = cross_moment(a.to(dtype), b.to(dtype), parts[lower], parts[upper])
             G = moment.new_zeros(layers[lower].G.shape[0], layers[upper].G.shape[0])
@@ -86,6 +87,6 @@ class PairSums:
             gradients: g of the only call, by layer name.
         """
         for lower, upper in self._neighbours:
-            G = self.sums[pair_key(lower, upper)].G
+            G = dense(self.sums[pair_key(lower, upper)].G)
             g, h = (flatten_rows(self._leading(gradients[name][0])[0]).to(G.dtype) for name in (lower, upper))
             torch.addmm(G, g.T, h, out=G)

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from natgrad.curvature.base import Diagonal, Factors, to_dense
+from natgrad.curvature.base import Diagonal, Factors, entries, to_dense
+from natgrad.curvature.gram import Gram
 from natgrad.curvature.pairs import is_pair
 
 
@@ -46,8 +47,8 @@ class RunningFactors:
         Returns:
             whether it went in: usable and finite.
         """
-        tensors = [tensor for factors in estimate.values() for tensor in (_values(factors.A), _values(factors.G))]
-        usable = usable & torch.isfinite(torch.stack([tensor.sum().double() for tensor in tensors]).sum())
+        sizes = [_size(factor) for factors in estimate.values() for factor in (factors.A, factors.G)]
+        usable = usable & torch.isfinite(torch.stack(sizes).sum())
         if self.updates is None:
             self.updates = torch.zeros((), dtype=torch.float64, device=usable.device)
             zero = {name: Factors(_zeros(factors.A), _zeros(factors.G)) for name, factors in estimate.items()}
@@ -60,11 +61,16 @@ class RunningFactors:
         estimates: list[Tensor] = []
         for name, new in estimate.items():
             self.factors[name] = old = _alike(self.factors[name], new)
-            averages += [_values(old.A), _values(old.G)]
-            estimates += [_values(factor) for factor in (_like(new.A, old.A), _like(new.G, old.G))]
+            for average, factor in ((entries(old.A), new.A), (entries(old.G), new.G)):
+                if isinstance(factor, Gram):
+                    factor.average_into(average, weight, usable)
+                else:
+                    averages.append(average)
+                    estimates.append(entries(factor) if average.ndim == entries(factor).ndim else to_dense(factor))
         if usable.device.type != "cpu":
             estimates = [torch.where(usable, x, average) for x, average in zip(estimates, averages, strict=True)]
-        torch._foreach_lerp_(averages, estimates, [weight.to(average.dtype) for average in averages])
+        if averages:
+            torch._foreach_lerp_(averages, estimates, [weight.to(average.dtype) for average in averages])
         return usable
 
 
@@ -74,7 +80,7 @@ def mean_eigenvalue(factors: Mapping[str, Factors]) -> Float[Tensor, ""]:
     for name, block in factors.items():
         if is_pair(name):
             continue
-        A, G = _values(block.A), _values(block.G)
+        A, G = entries(block.A), entries(block.G)
         traces.append((_trace(A).double() * _trace(G).double()).sum())
         size += A[..., 0].numel() * G.shape[-1]
     return torch.stack(traces).sum() / size
@@ -84,12 +90,15 @@ def _trace(values: Tensor) -> Tensor:
     return values.sum() if values.ndim == 1 else values.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def _values(factor: Tensor | Diagonal) -> Tensor:
-    return factor.vector if isinstance(factor, Diagonal) else factor
+def _size(factor: Tensor | Diagonal | Gram) -> Float[Tensor, ""]:
+    """A number that is not finite where an entry is not."""
+    return factor.trace() if isinstance(factor, Gram) else entries(factor).sum().double()
 
 
-def _zeros(factor: Tensor | Diagonal) -> Tensor | Diagonal:
-    zeros = torch.zeros_like(_values(factor))
+def _zeros(factor: Tensor | Diagonal | Gram) -> Tensor | Diagonal:
+    if isinstance(factor, Gram):
+        return factor.rows.new_zeros(factor.shape)
+    zeros = torch.zeros_like(entries(factor))
     return Diagonal(zeros) if isinstance(factor, Diagonal) else zeros
 
 
@@ -98,5 +107,5 @@ def _alike(old: Factors, new: Factors) -> Factors:
     return Factors(_like(old.A, new.A), _like(old.G, new.G))
 
 
-def _like(factor: Tensor | Diagonal, other: Tensor | Diagonal) -> Tensor | Diagonal:
-    return factor if isinstance(other, Diagonal) else to_dense(factor)
+def _like(average: Tensor | Diagonal | Gram, new: Tensor | Diagonal | Gram) -> Tensor | Diagonal | Gram:
+    return average if isinstance(new, Diagonal) else to_dense(average)

@@ -238,6 +238,7 @@ class Evaluator:
 
     def _statistics(self, part: _Pass, known: dict[str, Tensor] | None, generator: torch.Generator) -> Statistics:
         """Of the leading rows of a pass: Kronecker factors, and the diagonal where it is wanted."""
+        order = self.inverses.order(part.record, part.z) if self.inverses is not None else ()
         statistics = statistics_from(
             part.record,
             part.z,
@@ -247,7 +248,8 @@ class Evaluator:
             generator=generator,
             input_factors=known,
             bases=self.inverses.bases if self.inverses is not None else None,
-            order=self.inverses.order(part.record, part.z) if self.inverses is not None else (),
+            order=order,
+            keep_rows=not order,
         )
         if self.diagonal:
             leading = slice(0, part.sampled)

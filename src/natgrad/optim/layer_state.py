@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Diagonal, Factors, to_dense
+from natgrad.curvature.base import Diagonal, Factors, entries, to_dense
 from natgrad.layers.rules import Block
 from natgrad.optim.inverses import LayerInverses
 
@@ -28,10 +28,7 @@ def save_layer(block: Block, factors: Factors | None, inverses: LayerInverses) -
     found = (None, None) if factors is None else (factors.A, factors.G)
     for key, factor, shape in zip("AG", found, block.factor_shapes, strict=True):
         factor = like.new_zeros(shape) if factor is None else factor
-        if isinstance(factor, Diagonal):
-            state[key] = factor.vector if len(shape) == 1 else to_dense(factor)
-        else:
-            state[key] = factor
+        state[key] = entries(factor) if len(shape) == 1 else to_dense(factor)
         state[f"{key}_diagonal"] = torch.tensor(isinstance(factor, Diagonal))
     return state | inverses.state(block.name, block.factor_shapes, like)
 

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, diagonal
+from natgrad.curvature.gram import Gram
 from natgrad.curvature.inverse import FactoredInverse
 from natgrad.curvature.running import RunningFactors, mean_eigenvalue
 from natgrad.damping import ExactTikhonov
@@ -107,7 +108,7 @@ class Proposals:
         return (diagonal(block.A) * diagonal(block.G)).view_as(part)
 
 
-def _dense(G: Tensor | Diagonal, A: Tensor | Diagonal) -> dict[str, bool]:
+def _dense(G: Tensor | Diagonal | Gram, A: Tensor | Diagonal | Gram) -> dict[str, bool]:
     """Which factors, or inverses of factors, are full matrices."""
     return {
         "dense_out": len(G.shape) == 2 and isinstance(G, Tensor),
