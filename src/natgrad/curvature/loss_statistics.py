@@ -16,6 +16,7 @@ from torch import Tensor
 from natgrad.curvature.base import Statistics
 from natgrad.curvature.cotangents import cotangents
 from natgrad.curvature.ekfac import GradientSquares
+from natgrad.curvature.gram import dense
 from natgrad.curvature.inverse import Eigenbasis
 from natgrad.curvature.layer_sums import add_outputs, input_sums, leading_examples, leading_use
 from natgrad.layers.capture import Record
@@ -122,10 +123,8 @@ class LossStatistics:
             )
         factor = torch.where(self._proportional, 1 / self._scale.square(), torch.nan)
         for name, sums in self._sums.items():
-            if isinstance(self._blocks[name].rule, DiagonalRule):
-                sums.A.mul_(factor.to(sums.A.dtype))
-            else:
-                sums.G.mul_(factor.to(sums.G.dtype))
+            one_sided = dense(sums.A if isinstance(self._blocks[name].rule, DiagonalRule) else sums.G)
+            one_sided.mul_(factor.to(one_sided.dtype))
             if sums.squares is not None:
                 sums.squares.mul_(factor.to(sums.squares.dtype))
         return Statistics(self._sums, float(self._rows), float(self._rows), True).standing_for(self._batch)
@@ -155,7 +154,7 @@ class LossStatistics:
     def _reduce(self, name: str) -> None:
         """All derivatives of one layer are there: sum them up and let them go."""
         found, sums, uses = self._gradients.pop(name), self._sums[name], self._uses[name]
-        like = sums.A
+        like = dense(sums.A)
         gs = [
             g if (g := found.get(i)) is not None else like.new_zeros(shape)
             for i, shape in enumerate(self._outputs[name])
