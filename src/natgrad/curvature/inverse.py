@@ -91,6 +91,15 @@ class LowRankInverse:
         U = G.left(V.to(dtype)) if isinstance(G, DiagonalMinusLowRank) else times_left(G, V.to(dtype))
         return (A.right(U) if isinstance(A, DiagonalMinusLowRank) else times_right(A, U)).to(V.dtype)
 
+    def write_negative(self, V: Float[Tensor, "out columns"], into: Float[Tensor, "out columns"]) -> None:
+        """Minus :meth:`apply`, written to a buffer without passes over memory of its own."""
+        if not isinstance(self.A, DiagonalMinusLowRank) or V.dtype != self.A.d.dtype:
+            torch.neg(self.apply(V), out=into)
+            return
+        U = self.G.left(V) if isinstance(self.G, DiagonalMinusLowRank) else times_left(self.G, V)
+        torch.mul(U, -self.A.d, out=into)
+        into.addmm_(U @ self.A.W, self.A.W.T)
+
     def to_dense(self) -> Float[Tensor, "size size"]:
         """The matrix that acts on the stacked columns of V."""
         A, G = (x.to_dense() if isinstance(x, DiagonalMinusLowRank) else _matrix(x) for x in (self.A, self.G))

@@ -115,6 +115,7 @@ class KFAC(torch.optim.Optimizer):
         self.layout = JointLayout(view, self._coverage)
         self.capture = Capture(model, self._coverage.blocks)
         chain = Chain.of(view)
+        assert self.damping.form is not None  # damping_for chose one
         inverses = inverses_for(structure, self.damping.form, self._coverage)
         self._evaluator = Evaluator(
             view,

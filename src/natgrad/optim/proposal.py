@@ -8,7 +8,7 @@ from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, diagonal
 from natgrad.curvature.gram import Gram
-from natgrad.curvature.inverse import FactoredInverse
+from natgrad.curvature.inverse import FactoredInverse, LowRankInverse
 from natgrad.curvature.running import RunningFactors, mean_eigenvalue
 from natgrad.damping import ExactTikhonov
 from natgrad.optim.evaluation import Evaluation
@@ -55,9 +55,9 @@ class Proposals:
         """Whether any layer's proposal is cheaper from the rows of the batch than from its gradient [KFAC, sec. 8]."""
         if isinstance(self.form, ExactTikhonov):
             return False
-        factors = self.running.factors
         return any(
-            low_rank_pays(rows, *shape, **_dense(factors[name].G, factors[name].A) if name in factors else {})
+            isinstance(block := self.inverses.at(name, 1.0), FactoredInverse)
+            and low_rank_pays(rows, *shape, **_dense(block.G, block.A))
             for name, (_, shape) in self.layout.block_slices.items()
             if len(shape) == 2
         )
@@ -89,7 +89,7 @@ class Proposals:
                 product = low_rank_apply(block, rows, evaluation.count)
                 if self.l2:
                     product.add_(block.apply(self.layout.joint(name)), alpha=self.l2)
-            elif isinstance(block, FactoredInverse):
+            elif isinstance(block, FactoredInverse | LowRankInverse):
                 block.write_negative(gradient, proposal[name])
                 continue
             else:

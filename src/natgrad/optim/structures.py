@@ -17,6 +17,12 @@ from natgrad.optim.scaled_inverses import ScaledInverses
 from natgrad.optim.settings import Damping
 from natgrad.optim.static import StaticInputs
 
+# Two products with a layer's whole gradient are half of an update at common batch sizes: low rank makes them cheap.
+_FORMS: dict[str, Tikhonov] = {
+    "block_diagonal": FactoredTikhonov(solver=LowRank(128)),
+    "ekfac": ExactTikhonov(),
+}
+
 
 def check_structure(structure: str, known: Sequence[str], optimiser: str) -> None:
     """Refuse a structure that an optimiser does not know.
@@ -29,12 +35,14 @@ def check_structure(structure: str, known: Sequence[str], optimiser: str) -> Non
 
 
 def damping_for(structure: str, damping: float | Damping | None) -> Damping:
-    """K-FAC's damping; EKFAC has the exact form alone.
+    """K-FAC's damping, with the structure's form where none was chosen; EKFAC has the exact form alone.
 
     Raises:
         ValueError: a form that the structure does not have: factored for EKFAC, exact for the block-tridiagonal one.
     """
     given = damping if isinstance(damping, Damping) else Damping(value=damping)
+    if given.form is None:
+        return replace(given, form=_FORMS.get(structure, FactoredTikhonov()))
     if structure == "block_tridiagonal" and isinstance(given.form, ExactTikhonov):
         raise ValueError(
             f"damping.form={given.form}: structure='block_tridiagonal' has FactoredTikhonov() alone [KFAC, sec. 6.3]; "
@@ -42,11 +50,9 @@ def damping_for(structure: str, damping: float | Damping | None) -> Damping:
         )
     if structure == "block_tridiagonal" and isinstance(given.form, FactoredTikhonov):
         refuse_solver(given.form)
-    if structure != "ekfac":
-        return given
-    if isinstance(given.form, FactoredTikhonov) and given.form != FactoredTikhonov():
+    if structure == "ekfac" and isinstance(given.form, FactoredTikhonov):
         raise ValueError(f"damping.form={given.form}: structure='ekfac' has ExactTikhonov() alone; leave form out")
-    return replace(given, form=ExactTikhonov())
+    return given
 
 
 def form_for(structure: str, form: Tikhonov | None) -> Tikhonov:
