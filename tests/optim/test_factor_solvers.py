@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import natgrad as ng
 from natgrad.curvature.base import to_dense
+from natgrad.curvature.inverse import FactoredInverse, LowRankInverse, inverse_of
 from natgrad.linalg import LowRank, NewtonSchulz, iterative
 from natgrad.linalg.low_rank import DiagonalMinusLowRank
 from natgrad.optim.settings import Damping, Periods
@@ -151,3 +152,38 @@ def test_what_is_refused() -> None:
         ng.FactoredTikhonov(solver="svd")
     with pytest.raises(ValueError, match="ExactTikhonov"):
         ng.KFAC(mlp(3, 2), ng.Bernoulli(), structure="ekfac", damping=Damping(form=ng.FactoredTikhonov(solver=WARM)))
+
+
+@pytest.mark.parametrize("G", ["low rank", "dense", "diagonal"])
+@pytest.mark.parametrize("A", ["low rank", "dense"])
+def test_minus_the_product_is_written_to_a_buffer(A: str, G: str) -> None:
+    def factor(kind: str, size: int) -> Tensor | DiagonalMinusLowRank:
+        generator = torch.Generator().manual_seed(size)
+        x = torch.randn(size, size, generator=generator, dtype=torch.float64)
+        if kind == "low rank":
+            return DiagonalMinusLowRank(x[0].exp(), x[:, :2])
+        return x[0].exp() if kind == "diagonal" else x @ x.T
+
+    inverse = inverse_of(factor(A, 5), factor(G, 4), torch.ones((), dtype=torch.bool))
+    V, into = torch.randn(4, 5, dtype=torch.float64), torch.full((4, 5), torch.nan, dtype=torch.float64)
+    before = V.clone()
+    inverse.write_negative(V, into)
+    dense = inverse.to_dense() @ V.T.flatten()
+    torch.testing.assert_close(into.T.flatten(), -dense)
+    assert torch.equal(V, before)
+
+
+def test_only_wide_layers_of_the_block_diagonal_structure_take_low_rank_by_default() -> None:
+    model = nn.Sequential(nn.Linear(260, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 256)).double()
+    opt = ng.KFAC(model, ng.Gaussian())
+    assert opt.damping.form == ng.FactoredTikhonov(solver=LowRank(128))
+    opt.step(torch.randn(20, 260, dtype=torch.float64), torch.randn(20, 256, dtype=torch.float64))
+    wide, narrow, last = (opt.proposals.inverses.at(name, 1.0) for name in ("0", "2", "4"))
+    assert (
+        isinstance(wide, LowRankInverse) and isinstance(wide.A, DiagonalMinusLowRank) and wide.A.W.shape == (261, 128)
+    )
+    assert isinstance(narrow, FactoredInverse) and isinstance(last, FactoredInverse) and last.G.ndim == 1
+    plain = ng.FactoredTikhonov()
+    assert ng.KFAC(model, ng.Gaussian(), structure="block_tridiagonal").damping.form == plain
+    assert ng.KFAC(model, ng.Gaussian(), damping=Damping(form=plain)).damping.form == plain
+    assert ng.KFAC.paper(model, ng.Gaussian()).damping.form == plain

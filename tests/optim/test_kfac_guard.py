@@ -251,7 +251,7 @@ def test_rows_held_out_are_others_than_the_curvature_rows(chain: bool) -> None:
     x, y = data(ng.Gaussian(), 5, 3, n=40)
     for share, expected in ((1 / 4, 10), (3 / 4, 10), (1.0, 0)):
         opt = ng.KFAC(model, ng.Gaussian(), subsets=Subsets(share, share))
-        found = opt._evaluator([(x, y)], opt.subsets, opt._generator, opt._gradient, held_out=True)
+        found = opt._evaluator([(x, y)], opt.subsets, opt._generator, held_out=True)
         used = torch.cat([tape.inputs for tape in found.tapes])
         held = torch.cat([rows.inputs for rows in found.held_out]) if found.held_out else x[:0]
         assert (len(used), len(held)) == (int(40 * share), expected)

@@ -93,12 +93,16 @@ class LowRankInverse:
 
     def write_negative(self, V: Float[Tensor, "out columns"], into: Float[Tensor, "out columns"]) -> None:
         """Minus :meth:`apply`, written to a buffer without passes over memory of its own."""
-        if not isinstance(self.A, DiagonalMinusLowRank) or V.dtype != self.A.d.dtype:
+        A, G = self.A, self.G
+        if not isinstance(A, DiagonalMinusLowRank) or V.dtype != A.d.dtype:
             torch.neg(self.apply(V), out=into)
             return
-        U = self.G.left(V) if isinstance(self.G, DiagonalMinusLowRank) else times_left(self.G, V)
-        torch.mul(U, -self.A.d, out=into)
-        into.addmm_(U @ self.A.W, self.A.W.T)
+        if isinstance(G, DiagonalMinusLowRank):
+            torch.mul(G.d[:, None], V, out=into).addmm_(G.W, G.W.T @ V, alpha=-1)
+        else:
+            torch.mul(G[:, None], V, out=into) if G.ndim == 1 else torch.mm(G, V, out=into)
+        inner = into @ A.W
+        into.mul_(-A.d).addmm_(inner, A.W.T)
 
     def to_dense(self) -> Float[Tensor, "size size"]:
         """The matrix that acts on the stacked columns of V."""
@@ -294,7 +298,7 @@ def _low_rank_inverse(
     solver: LowRank,
     previous: BlockInverse | None,
     what: str | None,
-) -> LowRankInverse:
+) -> LowRankInverse | FactoredInverse:
     found, ok = [], torch.ones((), dtype=torch.bool, device=of_a.device)
     for key, M, damping in (("A", A, of_a), ("G", G, of_g)):
         if M.ndim != 2 or not solver.applies(len(M)):
@@ -307,7 +311,15 @@ def _low_rank_inverse(
         ok = ok & usable
     if what is not None and not ok:
         raise ValueError(f"{what}: no inverse of low rank plus diagonal; a factor is not finite, or give a damping")
-    return LowRankInverse(found[0], found[1], ok)
+    return inverse_of(found[0], found[1], ok)
+
+
+def inverse_of(
+    A: Tensor | DiagonalMinusLowRank, G: Tensor | DiagonalMinusLowRank, ok: Bool[Tensor, ""]
+) -> LowRankInverse | FactoredInverse:
+    """The inverse of a block from those of its factors, where either may be of low rank."""
+    plain = isinstance(A, Tensor) and isinstance(G, Tensor)
+    return FactoredInverse(A, G, ok) if plain else LowRankInverse(A, G, ok)
 
 
 def _matrix(M: Tensor) -> Tensor:

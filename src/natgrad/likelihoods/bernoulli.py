@@ -66,6 +66,7 @@ class Bernoulli(Normalised):
         derivative -= y
         whole = larger.numel() // _FACTORS * _FACTORS
         log = larger[:whole].view(-1, _FACTORS).prod(1).log().sum() + larger[whole:].log().sum()
+        del larger  # as large as z: let go of before the next one is made
         linear = torch.relu(z).addcmul_(z, y, value=-1).sum(dtype=log.dtype)
         return linear - log, derivative
 

@@ -23,6 +23,9 @@ _TIMES_SLOPE: dict[type[nn.Module], Callable[[Tensor, Tensor], Tensor]] = {
     nn.Identity: lambda x, out: x,
 }
 
+# A backward pass that overwrites the layer inputs takes so many rows at a time: they stay in the cache.
+_ROWS_AT_ONCE = 256
+
 
 class Chain:
     """A model that is exactly Linear (activation Linear)*.
@@ -83,21 +86,35 @@ class Chain:
             inputs: the recorded input of each layer, ``[..., in]``.
             cotangent: shaped like z; not changed.
         """
-        return {name: g for name, _, g in self.layerwise(dict(inputs), cotangent)}
+        return {name: g for name, _, g in self.layerwise(dict(inputs), cotangent)}  # each g is a tensor of its own
 
-    def layerwise(self, inputs: dict[str, Tensor], cotangent: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def layerwise(
+        self, inputs: dict[str, Tensor], cotangent: Tensor, *, consume: bool = False
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
         """The name, the input a and g of every layer, from the last to the first.
 
-        Each input is taken out of ``inputs`` once it is not needed any more: who keeps no reference of its own needs
-        the memory of one layer's g at a time.
+        Args:
+            inputs: of each layer, by name.
+            cotangent: shaped like z; not changed.
+            consume: take each input out of ``inputs`` once it is not needed any more, and write the g of the layer
+                below to it: a backward pass then needs hardly any memory of its own. The first layer's input, which may
+                be the user's, stays as it is.
         """
         g = cotangent.flatten(0, -2)
         for index in reversed(range(len(self.layers))):
             name, layer = self.names[index], self.layers[index]
             yield name, inputs[name], g.view(*inputs[name].shape[:-1], layer.out_features)
-            a = inputs.pop(name)
-            if index:
-                g = self.times_slope(index - 1, g @ layer.weight.detach(), a.flatten(0, -2))
+            a = inputs.pop(name) if consume else inputs[name]
+            if not index:
+                return
+            weight = layer.weight.detach()
+            if consume:
+                a = a.flatten(0, -2)
+                for some, rows in zip(g.split(_ROWS_AT_ONCE), a.split(_ROWS_AT_ONCE), strict=True):
+                    rows.copy_(self.times_slope(index - 1, some @ weight, rows))
+                g = a
+            else:
+                g = self.times_slope(index - 1, g @ weight, a.flatten(0, -2))
 
     def tangents(
         self,
@@ -157,6 +174,7 @@ class ChainRecord(Record):
     def __init__(self, chain: Chain, inputs: Mapping[str, Tensor]) -> None:
         super().__init__(chain.blocks)
         self.chain, self.layer_inputs = chain, dict(inputs)
+        self.kept: dict[str, Tensor] = {}
 
     @property
     def inputs(self) -> dict[str, list[Tensor]]:
@@ -186,18 +204,21 @@ class ChainRecord(Record):
         """The layers in forward order."""
         return self.chain.names
 
-    def select(self, rows: Tensor) -> "ChainRecord":
-        """The same pass for some of the examples."""
-        return ChainRecord(self.chain, {name: a[rows] for name, a in self.layer_inputs.items()})
-
-    def layerwise(self, cotangent: Tensor, *, consume: bool = False) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def layerwise(
+        self, cotangent: Tensor, *, consume: bool = False, keep: Tensor | None = None
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
         """The name, the input a and g of every layer, from the last to the first.
 
         Args:
             cotangent: shaped like z.
-            consume: give the inputs up on the way; nothing else can be asked of this record then.
+            consume: give the inputs up on the way (:meth:`Chain.layerwise`); nothing else can be asked of this record
+                then.
+            keep: examples whose inputs are copied to ``kept`` before.
         """
-        return self.chain.layerwise(self.layer_inputs if consume else dict(self.layer_inputs), cotangent)
+        for name, a, g in self.chain.layerwise(self.layer_inputs, cotangent, consume=consume):
+            if keep is not None:
+                self.kept[name] = a[keep]
+            yield name, a, g
 
     def gradients(
         self,

@@ -78,6 +78,7 @@ class _Pass:
     sampled: int = 0  # so many leading rows get sampled targets
     gradient: bool = True  # whether the rows add to loss and gradient
     held_out: bool = False
+    keep: Tensor | None = None  # of a chain: rows whose layer inputs are wanted after the backward pass
 
 
 @dataclass
@@ -114,24 +115,25 @@ class Evaluator:
         batches: Sequence[tuple[Any, Any]],
         subsets: Subsets | None,
         generator: torch.Generator,
-        into: Float[Tensor, " size"],
+        into: Float[Tensor, " size"] | None = None,
         keep_rows: bool = False,
         held_out: bool = False,
         observe: bool = True,
     ) -> Evaluation:
-        """Loss, gradient (written to ``into``), statistics and tapes.
+        """Loss, gradient, statistics and tapes.
 
         Args:
             batches: (inputs, targets) micro-batches of one batch.
             subsets: the shares τ₁ and τ₂; None where only loss and gradient are wanted.
             generator: the source of the subsets and of the sampled targets.
-            into: a flat buffer that receives the gradient of the mean loss, without the l2 term.
+            into: a flat buffer that receives the gradient of the mean loss, without the l2 term. None: a new one, made
+                when the first backward pass begins: the forward pass and the loss then have that much less beside them.
             keep_rows: keep every a and g of the batch for the low-rank form.
             held_out: also hold out as many rows as there are curvature rows, where the batch has that many more.
             observe: False leaves the statistics empty.
         """
-        zero = torch.zeros((), dtype=into.dtype, device=into.device)
-        found = Evaluation(zero, into, zero.clone())
+        zero = self.layout.empty().new_zeros(())
+        found = Evaluation(zero, zero if into is None else into, zero.clone())
         examples = sum(batch_size(inputs) for inputs, _ in batches)
         first = True
         for inputs, targets in batches:
@@ -140,7 +142,7 @@ class Evaluator:
                 self._take(part, found, examples, generator, keep_rows=keep_rows, first=first)
                 first = False
                 del part  # and what it holds, before the next pass is made
-        into /= found.count
+        found.gradient /= found.count
         found.loss /= found.count
         self.checked = True
         return found
@@ -155,7 +157,7 @@ class Evaluator:
         keep_rows: bool,
         first: bool,
     ) -> None:
-        """Add what a pass contributes to the sums in ``found``; ``first``: the gradient's buffer holds nothing yet."""
+        """Add what a pass contributes to the sums in ``found``; ``first``: the gradient holds nothing yet."""
         if not self.checked:
             check_captured(part.record, part.z)
             validate_targets(self.likelihood, part.z.detach(), part.targets)
@@ -166,6 +168,10 @@ class Evaluator:
         if plain_sum:
             count = count * (batch_size(part.inputs) / examples)
         if part.gradient:
+            if isinstance(part.record, ChainRecord) and part.replay is None:
+                part.z = derivative  # as large, and not needed any more
+            if not found.gradient.ndim:
+                found.gradient = self.layout.empty()
             self._accumulate(part, derivative, found, add=not first, keep_rows=keep_rows)
             found.loss += nll
             found.count += count
@@ -203,15 +209,16 @@ class Evaluator:
                     return
                 order = torch.randperm(size, generator=generator, device=generator.device)
                 chosen, others = order[:wanted], order[wanted : wanted + checked]
+                z_chosen, z_others, whole = z[chosen], z[others], [_Pass(record, z, inputs, targets, keep=chosen)]
+                del z
+                yield whole.pop()  # who takes it can let go of what is in it
                 x, y = _select_both(inputs, targets, chosen)
-                parts = [_Pass(record.select(chosen), z[chosen], x, y, replay, True, sampled, gradient=False)]
+                record = ChainRecord(self.chain, record.kept)
+                yield _Pass(record, z_chosen, x, y, replay, True, sampled, gradient=False)
                 if checked:
                     x, y = _select_both(inputs, targets, others)
                     nothing = ChainRecord(self.chain, {})
-                    parts.append(_Pass(nothing, z[others], x, y, replay, gradient=False, held_out=True))
-                yield _Pass(record, z, inputs, targets)
-                del record, z  # what all rows left behind is not needed any more
-                yield from parts
+                    yield _Pass(nothing, z_others, x, y, replay, gradient=False, held_out=True)
                 return
         if not wanted:
             yield _Pass(*self._forward(inputs), inputs, targets)
@@ -272,7 +279,8 @@ class Evaluator:
         into = found.gradient
         matrices = self.layout.blocks(into)
         if isinstance(part.record, ChainRecord):
-            for name, a, g in part.record.layerwise(cotangent, consume=part.replay is None):
+            last = part.replay is None  # nothing else is asked of these rows
+            for name, a, g in part.record.layerwise(cotangent, consume=last and not keep_rows, keep=part.keep):
                 _add_products(part.record.layers[name], [(a, g)], matrices[name], self.rotations.get(name), add=add)
                 if keep_rows:
                     found.rows.setdefault(name, []).append((flatten_rows(a), flatten_rows(g)))

@@ -137,7 +137,7 @@ class KFAC(torch.optim.Optimizer):
         self._running = RunningFactors(decay)
         self.proposals = Proposals(self.layout, self._running, inverses, l2)
         self.local = LocalModel(view, likelihood, self.layout, chain, l2)
-        self._gradient, self._proposal, self._previous = self.layout.buffers(3)
+        (self._previous,) = self.layout.buffers(1)  # δ₀; the gradient and Δ live as long as a step
         self._counts = {key: scalar.clone() for key in ("skipped", "rejected", "shortened")}
         self.stats = Stats()
 
@@ -194,7 +194,6 @@ class KFAC(torch.optim.Optimizer):
             batches,
             self.subsets.at(self._update_number + 1),
             self._generator,
-            self._gradient,
             keep_rows=self.proposals.wants_rows(sum(batch_size(x) for x, _ in batches)),
             held_out=self.guard is not None,
             observe=self.periods.observes(self._update_number + 1),
@@ -214,7 +213,7 @@ class KFAC(torch.optim.Optimizer):
             self.proposals.refresh(self._gamma**2)
         self._adapt_gamma(evaluation)
         self._update(evaluation, finite)
-        return evaluation.loss.to(self._gradient.dtype)
+        return evaluation.loss.to(self._previous.dtype)
 
     def coverage(self) -> Coverage:
         """What is treated how; ``print`` it for a table with parameter counts."""
@@ -259,10 +258,9 @@ class KFAC(torch.optim.Optimizer):
         self._tie_gamma(start=True)
         self.proposals.refresh(self._gamma**2)
 
-    @property
-    def _directions(self) -> list[Float[Tensor, " size"]]:
+    def _directions(self, proposal: Float[Tensor, " size"]) -> list[Float[Tensor, " size"]]:
         """Δ, and with momentum δ₀."""
-        return [self._proposal, self._previous] if self.momentum else [self._proposal]
+        return [proposal, self._previous] if self.momentum else [proposal]
 
     def _tie_gamma(self, *, start: bool = False) -> None:
         """γ = ratio √(λ + η); where a rule moves γ on its own, √(λ + η) at the start alone."""
@@ -276,8 +274,9 @@ class KFAC(torch.optim.Optimizer):
         if rule is not None and self._update_number % rule.every == 0:
             damping = self._lam + self.l2
             candidates = rule.candidates(self._gamma, damping.sqrt())
+            directions = self._directions(self.layout.empty())
             self._gamma = best_gamma(
-                self.local, self.proposals, evaluation, candidates, rule.quality, damping, self._directions
+                self.local, self.proposals, evaluation, candidates, rule.quality, damping, directions
             )
             self.proposals.refresh(self._gamma**2)
 
@@ -289,19 +288,28 @@ class KFAC(torch.optim.Optimizer):
     def _update(self, evaluation: Evaluation, finite: Tensor) -> None:
         """From the gradient to new parameters, λ and statistics of the step."""
         damping = self._lam + self.l2
-        self.proposals.write(evaluation, self._gamma**2, self._proposal)
-        directions = self._directions
-        model, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping)
+        proposal = self.layout.empty()
+        self.proposals.write(evaluation, self._gamma**2, proposal)
+        directions = self._directions(proposal)
+        products = self.layout.inner_products([evaluation.gradient, *directions], directions)
+        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+        scaled = any(rate != 1.0 for rate in rates.values())
+        if not scaled:  # the gradient is not needed any more: let go of its memory
+            evaluation.gradient = proposal
+        model, rows_model = self.local.subspaces(evaluation.tapes, products, directions, damping)
         coefficients = best_coefficients(model)
         # δ takes the buffer of δ₀; then Δ's buffer keeps the old parameters until the step is accepted
         alpha, mu = coefficients[0], coefficients[1] if self.momentum else torch.zeros_like(coefficients[0])
-        self._previous.mul_(mu).addcmul_(self._proposal, alpha.to(self._proposal.dtype))
+        self._previous.mul_(mu).addcmul_(proposal, alpha.to(proposal.dtype))
         keep_where(self._previous, finite, 0.0)
-        if self._scale_by_lr(self._previous):  # M at the update that is made, not at the one that would be best
+        if scaled:  # M at the update that is made, not at the one that would be best
+            for name, part in self.layout.parameters(self._previous).items():
+                part.mul_(rates[id(self.view.parameters[name])])
             directions, coefficients = [self._previous], torch.ones_like(coefficients[:1])
-            _, rows_model = self.local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping)
+            products = self.layout.inner_products([evaluation.gradient, *directions], directions)
+            _, rows_model = self.local.subspaces(evaluation.tapes, products, directions, damping)
         verdict = try_update(
-            self.local, evaluation, self._previous, self._proposal, rows_model, coefficients, self.guard, finite
+            self.local, evaluation, self._previous, proposal, rows_model, coefficients, self.guard, finite
         )
         lam = self._damping_after(verdict, rows_model, coefficients)
         self._lam = torch.where(finite, lam, self._lam)
@@ -336,12 +344,3 @@ class KFAC(torch.optim.Optimizer):
         return torch.where(
             verdict.whole, ruled, torch.where(verdict.accepted, self._lam * guard.raise_shortened, raised)
         )
-
-    def _scale_by_lr(self, update: Float[Tensor, " size"]) -> bool:
-        """Multiply each parameter's part by its group's lr; False where every lr is 1."""
-        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        if all(rate == 1.0 for rate in rates.values()):
-            return False
-        for name, part in self.layout.parameters(update).items():
-            part.mul_(rates[id(self.view.parameters[name])])
-        return True

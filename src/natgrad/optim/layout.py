@@ -4,6 +4,7 @@ The curvature acts on the joint matrix of a layer, the model on ``W`` and ``b`` 
 (+1)]`` gives both as views: nothing is concatenated or copied on the way from the gradient to the update.
 """
 
+import itertools
 import math
 
 import torch
@@ -44,27 +45,31 @@ class JointLayout:
         self.names = tuple(parameters)
         self._kept: dict[int, tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]] = {}
 
-    def zeros(self) -> Float[Tensor, " size"]:
-        """A zero vector in the dtype and on the device of the parameters."""
+    def empty(self) -> Float[Tensor, " size"]:
+        """A vector of undefined numbers in the dtype and on the device of the parameters."""
         first = next(iter(self.view.parameters.values()))
-        return torch.zeros(self.size, dtype=first.dtype, device=first.device)
+        return torch.empty(self.size, dtype=first.dtype, device=first.device)
+
+    def zeros(self) -> Float[Tensor, " size"]:
+        """The same of zeros."""
+        return self.empty().zero_()
 
     def buffers(self, count: int) -> list[Float[Tensor, " size"]]:
-        """As :meth:`zeros`, for buffers that live as long as the layout: their views are made once.
-
-        They are the rows of one matrix, so that products with all of them are one pass over memory.
-        """
-        rows = list(self.zeros().new_zeros(count, self.size))
-        for flat in rows:
+        """As :meth:`zeros`, for buffers that live as long as the layout: their views are made once."""
+        vectors = [self.zeros() for _ in range(count)]
+        for flat in vectors:
             self._kept[id(flat)] = flat, self.blocks(flat), self.parameters(flat)
-        return rows
+        return vectors
 
     def inner_products(self, left: list[Tensor], right: list[Tensor]) -> Float[Tensor, "left right"]:
-        """``l · r`` for all pairs of flat vectors, in float64."""
-        base = left[0]._base
-        if base is not None and len(left) == len(base) and all(x._base is base for x in left) and _in_order(left):
-            return torch.stack([base @ r for r in right], dim=1).double()
-        return torch.stack([torch.stack([torch.dot(x, r) for r in right]) for x in left]).double()
+        """``l · r`` for all pairs of flat vectors, in float64; a pair that occurs twice is multiplied once."""
+        products: dict[frozenset[int], Tensor] = {}
+        for x, r in itertools.product(left, right):
+            pair = frozenset((id(x), id(r)))
+            if pair not in products:
+                products[pair] = torch.dot(x, r)
+        entries = [products[frozenset((id(x), id(r)))] for x in left for r in right]
+        return torch.stack(entries).view(len(left), len(right)).double()
 
     def blocks(self, flat: Float[Tensor, " size"]) -> dict[str, Float[Tensor, "*stack out columns"]]:
         """Views of the joint matrices ``[W b]``, by layer."""
@@ -103,8 +108,3 @@ def _check_views(block: Block) -> None:
                 f"{block.members[name]}: the rule of {type(block.layer).__name__} copies it out of the block's matrix, "
                 "where a view is needed; use natgrad.Preconditioner"
             )
-
-
-def _in_order(rows: list[Tensor]) -> bool:
-    """Whether the tensors are the rows of their base, one after the other."""
-    return [row.storage_offset() for row in rows] == [i * row.numel() for i, row in enumerate(rows)]

@@ -31,7 +31,11 @@ class LocalModel:
     l2: float = 0.0
 
     def subspaces(
-        self, tapes: Sequence[Tape], gradient: Tensor, directions: list[Tensor], damping: Tensor
+        self,
+        tapes: Sequence[Tape],
+        products: Float[Tensor, "1_plus_k k"],
+        directions: list[Float[Tensor, " size"]],
+        damping: Tensor,
     ) -> tuple[Subspace, Subspace]:
         """M over the span of some directions, twice: with the slope of the whole batch, and with that of the rows.
 
@@ -40,19 +44,19 @@ class LocalModel:
 
         Args:
             tapes: the curvature rows.
-            gradient: flat ∇h of the whole batch, l2 term included.
+            products: inner products (:meth:`JointLayout.inner_products`) of ∇h of the whole batch, l2 term included,
+                and of every d_i, with all d_i.
             directions: flat vectors d_i.
             damping: λ + η.
         """
         count = torch.stack([tape.count.to(torch.float64) for tape in tapes]).sum()
         size = len(directions)
-        fisher = torch.zeros(size, size, dtype=torch.float64, device=gradient.device)
-        slope_rows = torch.zeros(size, dtype=torch.float64, device=gradient.device)
+        fisher = torch.zeros(size, size, dtype=torch.float64, device=products.device)
+        slope_rows = torch.zeros(size, dtype=torch.float64, device=products.device)
         for tape in tapes:
             tangents = self._tangents(tape, directions)
             fisher += _fisher_gram(self.likelihood, tape, tangents)
             slope_rows += torch.stack([torch.sum(tape.derivative * tangent) for tangent in tangents])
-        products = self.layout.inner_products([gradient, *directions], directions)
         slope, gram = products[0], products[1:]
         curvature = fisher / count + damping * gram
         slope_rows = slope_rows / count

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.curvature.inverse import LowRankInverse
+from natgrad.curvature.inverse import LowRankInverse, inverse_of
 from natgrad.damping import FactoredTikhonov
 from natgrad.linalg.low_rank import DiagonalMinusLowRank, LowRank
 from natgrad.optim.inverses import LayerInverses
@@ -46,7 +46,7 @@ class LowRankInverses(LayerInverses):
             return
         A, G = (self._loaded(state, key) for key in "AG")
         ok = torch.ones((), dtype=torch.bool, device=state["inverse_ready"].device)
-        self._kept[name] = LowRankInverse(A, G, ok)
+        self._kept[name] = inverse_of(A, G, ok)
 
     def _low(self, shape: Sequence[int]) -> bool:
         return len(shape) == 2 and self.solver.applies(shape[0])

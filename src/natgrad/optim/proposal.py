@@ -11,6 +11,7 @@ from natgrad.curvature.gram import Gram
 from natgrad.curvature.inverse import FactoredInverse, LowRankInverse
 from natgrad.curvature.running import RunningFactors, mean_eigenvalue
 from natgrad.damping import ExactTikhonov
+from natgrad.linalg.low_rank import LowRank
 from natgrad.optim.evaluation import Evaluation
 from natgrad.optim.inverses import LayerInverses
 from natgrad.optim.layout import JointLayout
@@ -55,11 +56,11 @@ class Proposals:
         """Whether any layer's proposal is cheaper from the rows of the batch than from its gradient [KFAC, sec. 8]."""
         if isinstance(self.form, ExactTikhonov):
             return False
+        factors, solver = self.running.factors, self.form.solver
         return any(
-            isinstance(block := self.inverses.at(name, 1.0), FactoredInverse)
-            and low_rank_pays(rows, *shape, **_dense(block.G, block.A))
+            low_rank_pays(rows, *shape, **_dense(factors[name].G, factors[name].A) if name in factors else {})
             for name, (_, shape) in self.layout.block_slices.items()
-            if len(shape) == 2
+            if len(shape) == 2 and not (isinstance(solver, LowRank) and any(map(solver.applies, shape)))
         )
 
     def write(

@@ -50,9 +50,11 @@ def damping_for(structure: str, damping: float | Damping | None) -> Damping:
         )
     if structure == "block_tridiagonal" and isinstance(given.form, FactoredTikhonov):
         refuse_solver(given.form)
-    if structure == "ekfac" and isinstance(given.form, FactoredTikhonov):
+    if structure != "ekfac":
+        return given
+    if isinstance(given.form, FactoredTikhonov) and given.form != FactoredTikhonov():
         raise ValueError(f"damping.form={given.form}: structure='ekfac' has ExactTikhonov() alone; leave form out")
-    return given
+    return replace(given, form=ExactTikhonov())
 
 
 def form_for(structure: str, form: Tikhonov | None) -> Tikhonov:

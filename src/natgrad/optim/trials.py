@@ -33,7 +33,8 @@ def best_gamma(
     values = []
     for gamma in candidates:
         proposals.write(evaluation, gamma**2, directions[0], fresh=True)
-        model, _ = local.subspaces(evaluation.tapes, evaluation.gradient, directions, damping)
+        products = local.layout.inner_products([evaluation.gradient, *directions], directions)
+        model, _ = local.subspaces(evaluation.tapes, products, directions, damping)
         coefficients = best_coefficients(model)
         if quality == "model":
             values.append(model.change(coefficients))
