@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.curvature.base import Diagonal, Factors
+from natgrad.curvature.base import Factors, entries
 from natgrad.curvature.pairs import is_pair
 from natgrad.damping import ExactTikhonov, FactoredTikhonov, pi
 from natgrad.linalg.spd import safe_eigh
@@ -59,7 +59,7 @@ def layer_health(
 
 
 def _numbers(block: Factors, damping: float | Tensor, form: FactoredTikhonov | ExactTikhonov) -> Float[Tensor, " 4"]:
-    A, G = (factor.vector if isinstance(factor, Diagonal) else factor for factor in (block.A, block.G))
+    A, G = entries(block.A), entries(block.G)
     ratio = pi(A, G, form.pi if isinstance(form, FactoredTikhonov) else "trace")
     (a_low, a_high), (g_low, g_high) = _extremes(A), _extremes(G)
     added = torch.as_tensor(damping, dtype=a_high.dtype, device=a_high.device)

@@ -33,7 +33,7 @@ def health(optimizer: Preconditioner | Preconditioned | KFAC | EigenAdam) -> dic
         if optimizer._inputs_only:  # (A + λ/α I) ⊗ α I
             form = ExactTikhonov()
     elif isinstance(optimizer, KFAC):
-        damping, form = optimizer._gamma**2, optimizer.damping.form
+        damping, form = optimizer._gamma**2, optimizer.proposals.form
     elif isinstance(optimizer, EigenAdam):
         damping, form = 0.0, ExactTikhonov()
     else:
