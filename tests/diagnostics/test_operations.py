@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import natgrad as ng
-from natgrad.curvature.inverse import FactoredInverse
+from natgrad.curvature.block_inverse import FactoredInverse
 from natgrad.diagnostics import kfac_operations, paper_coefficients
 from natgrad.operators.chain import Chain
 

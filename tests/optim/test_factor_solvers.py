@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import natgrad as ng
 from natgrad.curvature.base import to_dense
-from natgrad.curvature.inverse import FactoredInverse, LowRankInverse, inverse_of
+from natgrad.curvature.block_inverse import FactoredInverse, LowRankInverse, inverse_of
 from natgrad.linalg import LowRank, NewtonSchulz, iterative
 from natgrad.linalg.low_rank import DiagonalMinusLowRank
 from natgrad.optim.settings import Damping, Periods

@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from natgrad.curvature.base import Factors, to_dense
-from natgrad.curvature.inverse import FactoredInverse, invert_block
+from natgrad.curvature.block_inverse import FactoredInverse
+from natgrad.curvature.inverse import invert_block
 from natgrad.curvature.pairs import pair_key
 from natgrad.damping import FactoredTikhonov
 from natgrad.linalg.stein import pair_eigh

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, LayerSums, Statistics, to_dense
+from natgrad.curvature.block_inverse import FactoredInverse
 from natgrad.curvature.gram import dense
-from natgrad.curvature.inverse import FactoredInverse
 from natgrad.curvature.kfac import check_captured
 from natgrad.curvature.layer_sums import input_sums, leading_use
 from natgrad.layers.capture import Capture, Record

@@ -6,108 +6,18 @@ each side.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, entries, kron, kron_blocks, to_dense
+from natgrad.curvature.block_inverse import BlockInverse, FactoredInverse, LowRankInverse, inverse_of
 from natgrad.curvature.gram import Gram
 from natgrad.damping import ExactTikhonov, FactoredTikhonov, check_damping
 from natgrad.linalg.iterative import NewtonSchulz
 from natgrad.linalg.low_rank import DiagonalMinusLowRank, LowRank
 from natgrad.linalg.spd import safe_eigh, spd_inverse
-
-
-class BlockInverse(Protocol):
-    """The inverse of a damped block; never changes."""
-
-    @property
-    def ok(self) -> Bool[Tensor, ""]:
-        """Whether the inverse can be used: False where the factors were not finite or not definite."""
-        ...
-
-    def apply(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
-        """The inverse times vec(V), as a matrix shaped like V."""
-        ...
-
-    def to_dense(self) -> Float[Tensor, "size size"]:
-        """The matrix that acts on the stacked columns of V."""
-        ...
-
-
-@dataclass(frozen=True)
-class FactoredInverse:
-    r"""``(A + π γ I)^{-1} ⊗ (G + γ/π I)^{-1}`` [KFAC, sec. 6.3, eq. 7]; a vector stands for a diagonal factor.
-
-    Applying it is two matrix products, one with a diagonal factor.
-    """
-
-    A: Tensor
-    G: Tensor
-    ok: Bool[Tensor, ""]
-
-    def apply(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
-        """``(G + γ/π I)^{-1} V (A + π γ I)^{-1}``."""
-        return times_right(self.A, times_left(self.G, V.to(self.G.dtype))).to(V.dtype)
-
-    def write_negative(self, V: Float[Tensor, "out columns"], into: Float[Tensor, "out columns"]) -> None:
-        """Minus :meth:`apply`, written to a buffer without passes over memory of its own."""
-        if self.A.ndim != 2 or V.dtype != self.A.dtype:
-            torch.neg(self.apply(V), out=into)
-        else:
-            torch.addmm(into, times_left(self.G, V), self.A, beta=0, alpha=-1, out=into)
-
-    def to_dense(self) -> Float[Tensor, "size size"]:
-        """The matrix that acts on the stacked columns of V."""
-        return kron_blocks(*map(_matrix, (self.A, self.G)))
-
-
-@dataclass(frozen=True)
-class LowRankInverse:
-    """As :class:`FactoredInverse`, with inverses of factors as a diagonal minus a product of low rank [KFAC, sec. 8].
-
-    Args:
-        A: such an inverse; a matrix for a factor that is too small for the rank, a vector for a diagonal one.
-        G: likewise.
-        ok: whether it can be used.
-    """
-
-    A: Tensor | DiagonalMinusLowRank
-    G: Tensor | DiagonalMinusLowRank
-    ok: Bool[Tensor, ""]
-
-    @property
-    def shape(self) -> torch.Size:
-        """That of the matrices V that it acts on; a stack of them for a stack of factors."""
-        A, G = (x.d if isinstance(x, DiagonalMinusLowRank) else x for x in (self.A, self.G))
-        return torch.Size((*G.shape[:-2], G.shape[-1], A.shape[-1]))
-
-    def apply(self, V: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
-        """``(G + γ/π I)^{-1} V (A + π γ I)^{-1}``."""
-        A, G = self.A, self.G
-        dtype = G.d.dtype if isinstance(G, DiagonalMinusLowRank) else G.dtype
-        U = G.left(V.to(dtype)) if isinstance(G, DiagonalMinusLowRank) else times_left(G, V.to(dtype))
-        return (A.right(U) if isinstance(A, DiagonalMinusLowRank) else times_right(A, U)).to(V.dtype)
-
-    def write_negative(self, V: Float[Tensor, "out columns"], into: Float[Tensor, "out columns"]) -> None:
-        """Minus :meth:`apply`, written to a buffer without passes over memory of its own."""
-        A, G = self.A, self.G
-        if not isinstance(A, DiagonalMinusLowRank) or V.dtype != A.d.dtype:
-            torch.neg(self.apply(V), out=into)
-            return
-        if isinstance(G, DiagonalMinusLowRank):
-            torch.mul(G.d[:, None], V, out=into).addmm_(G.W, G.W.T @ V, alpha=-1)
-        else:
-            torch.mul(G[:, None], V, out=into) if G.ndim == 1 else torch.mm(G, V, out=into)
-        inner = into @ A.W
-        into.mul_(-A.d).addmm_(inner, A.W.T)
-
-    def to_dense(self) -> Float[Tensor, "size size"]:
-        """The matrix that acts on the stacked columns of V."""
-        A, G = (x.to_dense() if isinstance(x, DiagonalMinusLowRank) else _matrix(x) for x in (self.A, self.G))
-        return kron_blocks(A, G)
 
 
 @dataclass(frozen=True)
@@ -314,18 +224,6 @@ def _low_rank_inverse(
     return inverse_of(found[0], found[1], ok)
 
 
-def inverse_of(
-    A: Tensor | DiagonalMinusLowRank, G: Tensor | DiagonalMinusLowRank, ok: Bool[Tensor, ""]
-) -> LowRankInverse | FactoredInverse:
-    """The inverse of a block from those of its factors, where either may be of low rank."""
-    plain = isinstance(A, Tensor) and isinstance(G, Tensor)
-    return FactoredInverse(A, G, ok) if plain else LowRankInverse(A, G, ok)
-
-
-def _matrix(M: Tensor) -> Tensor:
-    return torch.diag(M) if M.ndim == 1 else M
-
-
 def _check_regular(basis: Eigenbasis, damping: float | Tensor, what: str) -> None:
     """Refuse an undamped inverse of a singular block."""
     largest = float(basis.a.max() * basis.g.max())
@@ -357,13 +255,3 @@ def _between(left: Tensor | None, V: Tensor, right: Tensor | None, out: Tensor |
 def _outer(g: Tensor, a: Tensor) -> Tensor:
     """``g aᵀ``, for a stack of each."""
     return g[..., :, None] * a[..., None, :]
-
-
-def times_left(G: Tensor, V: Tensor) -> Tensor:
-    """``G V``; a vector G stands for a diagonal matrix."""
-    return G[:, None] * V if G.ndim == 1 else G @ V
-
-
-def times_right(A: Tensor, V: Tensor) -> Tensor:
-    """``V A``; a vector A stands for a diagonal matrix."""
-    return V * A if A.ndim == 1 else V @ A

@@ -9,17 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.curvature.base import Diagonal, Factors, Statistics, factors_from, to_dense
+from natgrad.curvature.block_inverse import BlockInverse, FactoredInverse
 from natgrad.curvature.cotangents import check_expectation, cotangents, fisher_diagonal, validate_targets
 from natgrad.curvature.ekfac import GradientSquares
 from natgrad.curvature.gram import dense
-from natgrad.curvature.inverse import (
-    BlockInverse,
-    Eigenbasis,
-    ExactInverse,
-    FactoredInverse,
-    eigenbasis,
-    invert_block,
-)
+from natgrad.curvature.inverse import Eigenbasis, ExactInverse, eigenbasis, invert_block
 from natgrad.curvature.layer_sums import add_outputs, example_by_example, input_sums, leading_examples, leading_use
 from natgrad.curvature.pairs import PairSums
 from natgrad.curvature.uncovered import couples_examples

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.base import Factors, Statistics, entries, factors_from, to_dense
+from natgrad.curvature.block_inverse import FactoredInverse
 from natgrad.curvature.dense import pair_blocks
 from natgrad.curvature.ekfac import EigenBlock, with_second_moments
 from natgrad.curvature.input_covariance import input_covariance_factors, input_covariance_inverse
-from natgrad.curvature.inverse import Eigenbasis, FactoredInverse, invert_block
+from natgrad.curvature.inverse import Eigenbasis, invert_block
 from natgrad.curvature.pairs import order_of, pair_key
 from natgrad.curvature.tridiagonal import LayerChain
 from natgrad.damping import ExactTikhonov, FactoredTikhonov, check_damping

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.base import Factors
+from natgrad.curvature.block_inverse import BlockInverse, FactoredInverse
 from natgrad.curvature.edges import Canonical, Edge, carriers, invert_chain
-from natgrad.curvature.inverse import BlockInverse, FactoredInverse
 from natgrad.curvature.pairs import pair_key
 from natgrad.damping import FactoredTikhonov
 from natgrad.layers.capture import Record

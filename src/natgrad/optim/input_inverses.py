@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from natgrad.curvature.base import Factors, to_dense
+from natgrad.curvature.block_inverse import FactoredInverse
 from natgrad.curvature.input_covariance import input_covariance_factors
-from natgrad.curvature.inverse import FactoredInverse
 from natgrad.curvature.running import RunningFactors
 from natgrad.damping import FactoredTikhonov
 from natgrad.linalg.spd import spd_inverse

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.base import Factors
-from natgrad.curvature.inverse import (
-    BlockInverse,
-    Eigenbasis,
-    ExactInverse,
-    FactoredInverse,
-    LowRankInverse,
-    eigenbasis,
-    invert_block,
-)
+from natgrad.curvature.block_inverse import BlockInverse, FactoredInverse, LowRankInverse
+from natgrad.curvature.inverse import Eigenbasis, ExactInverse, eigenbasis, invert_block
 from natgrad.curvature.running import RunningFactors
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 from natgrad.layers.capture import Record

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.curvature.inverse import FactoredInverse, times_right
+from natgrad.curvature.block_inverse import FactoredInverse, times_right
 from natgrad.layers.factors import with_ones
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.curvature.inverse import LowRankInverse, inverse_of
+from natgrad.curvature.block_inverse import LowRankInverse, inverse_of
 from natgrad.damping import FactoredTikhonov
 from natgrad.linalg.low_rank import DiagonalMinusLowRank, LowRank
 from natgrad.optim.inverses import LayerInverses

@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, diagonal
+from natgrad.curvature.block_inverse import FactoredInverse, LowRankInverse
 from natgrad.curvature.gram import Gram
-from natgrad.curvature.inverse import FactoredInverse, LowRankInverse
 from natgrad.curvature.running import RunningFactors, mean_eigenvalue
 from natgrad.damping import ExactTikhonov
 from natgrad.linalg.low_rank import LowRank
