@@ -22,6 +22,7 @@ from natgrad.optim.evaluation import Evaluator
 from natgrad.optim.inverses import LayerInverses
 from natgrad.optim.layer_state import leaders, load_factors, same_keys, same_shape, save_layer
 from natgrad.optim.layout import JointLayout
+from natgrad.optim.precision import outside_autocast
 from natgrad.optim.rotations import divergence, rotate, with_rows
 from natgrad.optim.scaling import KLClip
 from natgrad.optim.settings import Periods, Subsets
@@ -133,6 +134,7 @@ class EigenAdam(WholeModelOptimizer):
         return self._coverage
 
     @torch.no_grad()
+    @outside_autocast
     def step(  # pyrefly: ignore[bad-override] - the model is evaluated here
         self, inputs: Any = None, targets: Any = None, micro_batch_size: int | None = None, closure: Any = None
     ) -> Float[Tensor, ""] | None:

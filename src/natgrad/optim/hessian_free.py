@@ -21,6 +21,7 @@ from natgrad.optim.curvature_step import Batches, CurvatureStepOptimizer
 from natgrad.optim.inner_solve import InnerSolve, LineSearch
 from natgrad.optim.newton import Evaluated
 from natgrad.optim.objective import Curvature, Objective
+from natgrad.optim.precision import outside_autocast
 from natgrad.quadratic import reduction_ratio
 
 
@@ -97,6 +98,7 @@ class HessianFree(CurvatureStepOptimizer):
         return {"lambda": self._lam}
 
     @torch.no_grad()
+    @outside_autocast
     def step(  # pyrefly: ignore[bad-override] - evaluates the model itself
         self,
         inputs: Any = None,

@@ -30,6 +30,7 @@ from natgrad.optim.batches import micro_batches
 from natgrad.optim.evaluation import Evaluation, Evaluator
 from natgrad.optim.layout import JointLayout
 from natgrad.optim.local_model import LocalModel
+from natgrad.optim.precision import outside_autocast
 from natgrad.optim.proposal import Proposals
 from natgrad.optim.select import keep_where
 from natgrad.optim.settings import Damping, Periods, StepGuard, Subsets
@@ -159,6 +160,7 @@ class KFAC(torch.optim.Optimizer):
         return cls(model, likelihood, l2=l2, **{**published, **settings})
 
     @torch.no_grad()
+    @outside_autocast
     def step(  # pyrefly: ignore[bad-override] - K-FAC evaluates the model itself
         self, inputs: Any = None, targets: Any = None, micro_batch_size: int | None = None, closure: Any = None
     ) -> Float[Tensor, ""] | None:

@@ -19,6 +19,7 @@ from natgrad.optim.batches import share_of
 from natgrad.optim.curvature_step import Batches, CurvatureStepOptimizer
 from natgrad.optim.newton import Evaluated
 from natgrad.optim.objective import Curvature, Objective
+from natgrad.optim.precision import outside_autocast
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class KrylovDescent(CurvatureStepOptimizer):
         self.search = search
 
     @torch.no_grad()
+    @outside_autocast
     def step(  # pyrefly: ignore[bad-override] - evaluates the model itself
         self,
         inputs: Any = None,

@@ -15,6 +15,7 @@ from natgrad.operators.damped import DampedSum
 from natgrad.optim.batches import check_same_form
 from natgrad.optim.krylov_preconditioner import KroneckerPreconditioner, SolverPreconditioner
 from natgrad.optim.newton import Evaluated, KrylovSolver, NewtonModel, Part
+from natgrad.optim.precision import outside_autocast
 from natgrad.optim.stats import Stats
 from natgrad.optim.whole_model import WholeModelOptimizer
 from natgrad.quadratic import reduction_ratio
@@ -108,6 +109,7 @@ class NaturalGradient(WholeModelOptimizer):
         return {"lambda": self._lam}
 
     @torch.no_grad()
+    @outside_autocast
     def step(  # pyrefly: ignore[bad-override] - evaluates the model itself
         self,
         inputs: Any = None,

@@ -19,6 +19,7 @@ from natgrad.curvature.per_example import PerExampleGradients
 from natgrad.likelihoods import Likelihood, is_plain_sum
 from natgrad.model_view import Forward, batch_size
 from natgrad.operators.gradient_moments import check_examples_apart
+from natgrad.optim.precision import outside_autocast
 from natgrad.optim.stats import Stats
 from natgrad.optim.whole_model import WholeModelOptimizer
 
@@ -109,6 +110,7 @@ class TONGA(WholeModelOptimizer):
         return {} if self.past is None else {"mass": self._mass}
 
     @torch.no_grad()
+    @outside_autocast
     def step(  # pyrefly: ignore[bad-override] - evaluates the model itself
         self, inputs: Any = None, targets: Any = None, micro_batch_size: int | None = None, closure: Any = None
     ) -> Float[Tensor, ""] | None:
