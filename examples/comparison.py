@@ -91,6 +91,7 @@ def picture(path: Path, best: dict[str, Run], ylabel: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.0), layout="constrained", sharey=True)
     for run, style in zip(best.values(), [":", "--", "-"][-len(best) :], strict=True):
@@ -98,6 +99,8 @@ def picture(path: Path, best: dict[str, Run], ylabel: str) -> None:
         axes[0].plot(run.steps, run.losses, style, label=label)
         axes[1].plot(run.seconds, run.losses, style, label=label)
     axes[0].set(xlabel="steps", ylabel=ylabel, yscale="log")
+    axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes[0].yaxis.set_minor_formatter(LogFormatter())  # labels where a decade holds few
     axes[1].set(xlabel="CPU-seconds")
     for axis in axes:
         axis.grid(alpha=0.3, which="both")
