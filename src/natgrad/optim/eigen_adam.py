@@ -167,10 +167,8 @@ class EigenAdam(WholeModelOptimizer):
         self._count_step(finite, buffers)
         if evaluation.statistics.examples:
             self._running.update(factors_from(evaluation.statistics, in_place=True), finite)
-        due = self.periods.due(update) or not self._bases
-        if (
-            due and self._running.factors and finite
-        ):  # reading it once in a while: decompositions wait for the device too
+        due = (self.periods.due(update) or not self._bases) and bool(self._running.factors)
+        if due and finite:  # the device is waited for once in a while: decompositions do that too
             self._renew()
             self._share_rotations(0)
         self._descend(finite)
