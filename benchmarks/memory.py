@@ -5,9 +5,9 @@ the CPU: gradients, the optimiser's state, what the forward and backward passes 
 Not counted: parameters, data, the mini-batch itself (they are there before) and the scratch memory of numerical
 libraries. The first three updates of K-FAC hold all of its state. Each measurement has a process of its own.
 
-Where it goes on MNIST: K-FAC keeps the factors (22 MiB), their inverses of low rank (4 MiB) and the last update (11 MiB),
-Adam two moments (22 MiB). Both have a gradient (11 MiB) and the inputs of the layers (14 MiB), K-FAC for a moment the proposal
-instead of these (11 MiB). A batch's factors go into the averages without being written out.
+Where it goes on MNIST: K-FAC keeps the factors (22 MiB), their inverses of low rank (4 MiB) and the last update
+(11 MiB), Adam two moments (22 MiB). Both have a gradient (11 MiB) and the inputs of the layers (14 MiB), K-FAC for a
+moment the proposal in the place of these (11 MiB). A batch's factors go into the averages without being written out.
 """
 
 import argparse
