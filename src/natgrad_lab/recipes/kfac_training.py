@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import natgrad as ng
+from natgrad.optim.settings import Damping
 from natgrad_lab import checkpoint, data, optimizers
 from natgrad_lab.recipes.run import Run
 from natgrad_lab.records import Evaluation, from_record, read_lines
@@ -35,7 +37,8 @@ def session(
         task: What to train on.
         name: Of the run's folder.
         method: "optimizer", a name of the registry; "m", a fixed batch size, or None for that of the registry's recipe
-            (for K-FAC the growing one); what else there is goes to the optimiser, such as "structure" and "momentum".
+            (for K-FAC the growing one); "whole inverses" for K-FAC without low rank; what else there is goes to the
+            optimiser, such as "structure" and "momentum".
         updates: How many.
         seed: Of parameters, batches and sampling. None: the run's.
     """
@@ -80,7 +83,9 @@ def _evaluations(folder: Path) -> list[Evaluation]:
 
 def _maker(method: Mapping[str, Any], l2: float) -> Callable[..., optimizers.Competitor]:
     def make(name: str, task: Any, model: Any, *, seed: int) -> optimizers.Competitor:
-        settings = {key: value for key, value in method.items() if key not in ("optimizer", "m")}
+        settings = {key: value for key, value in method.items() if key not in ("optimizer", "m", "whole inverses")}
+        if method.get("whole inverses"):
+            settings["damping"] = Damping(form=ng.FactoredTikhonov())
         if name.startswith("kfac"):
             settings["l2"] = l2
         made = optimizers.make(name, task, model, seed=seed, settings=settings)
