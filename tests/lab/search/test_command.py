@@ -227,6 +227,8 @@ def test_ctrl_c_stops_the_workers_and_gives_their_trials_back() -> None:
 @pytest.mark.parametrize("optimizer", spaces.names())
 def test_every_optimizer_with_a_space_trains_in_the_middle_of_it(optimizer: str) -> None:
     assert optimizer in optimizers.names()
+    if optimizer == "soap":
+        pytest.importorskip("pytorch_optimizer", reason="SOAP comes with the extra 'bench'")
     space = spaces.space_of(optimizer)
     domain = Domain(space)
     values = domain.external(domain.draw(np.full((1, len(space)), 0.5))[0])
