@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from comparison import Clock, Run, arguments, picture, sweep
+from comparison import Clock, Run, arguments, compare, due
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -163,7 +163,7 @@ def train(
             pre.step()  # natgrad: gradients become preconditioned gradients
         optimizer.step()
         scheduler.step()
-        if step % max(1, steps // evaluations) == 0 or step == steps:
+        if due(step, steps, evaluations):
             seconds = clock.pause()
             loss_there = evaluate(model, text, context)
             run.add(step, seconds, loss_there, f"{loss_there:.3f} nats")
@@ -183,10 +183,9 @@ def main(words: list[str] | None = None) -> dict[str, Run]:
     print(f"{text.name}: {len(text.train)} characters for training, {len(text.validation)} for validation")
     names = ("width", "layers", "context", "steps", "batch", "evaluations", "seed")
     same = {key: getattr(options, key) for key in names}
-    rates = {method: lrs[: options.rates] for method, lrs in RATES.items()}
-    best = sweep(rates, lambda method, lr: train(text, method, lr, **same))
-    picture(options.out, best, "validation loss, nats per character")
-    return best
+    return compare(
+        options, RATES, lambda method, lr: train(text, method, lr, **same), "validation loss, nats per character"
+    )
 
 
 if __name__ == "__main__":

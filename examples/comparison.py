@@ -71,6 +71,20 @@ def sweep(methods: dict[str, Sequence[float]], train: Callable[[str, float], Run
     return best
 
 
+def compare(
+    options: argparse.Namespace, methods: dict[str, Sequence[float]], train: Callable[[str, float], Run], ylabel: str
+) -> dict[str, Run]:
+    """Train every method with as many of its learning rates as the options say; draw and return the best runs."""
+    best = sweep({method: rates[: options.rates] for method, rates in methods.items()}, train)
+    picture(options.out, best, ylabel)
+    return best
+
+
+def due(step: int, steps: int, evaluations: int) -> bool:
+    """Whether the validation loss is evaluated after this step, counted from 1."""
+    return step % max(1, steps // evaluations) == 0 or step == steps
+
+
 def report(best: dict[str, Run]) -> None:
     """When the last method was where each of the others was at its best."""
     *others, ours = best.values()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import Clock, Run, arguments, picture, sweep
+from comparison import Clock, Run, arguments, compare, due
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -152,7 +152,7 @@ def train(
             pre.step()  # natgrad: gradients become preconditioned gradients
         optimizer.step()
         scheduler.step()
-        if step % max(1, steps // evaluations) == 0 or step == steps:
+        if due(step, steps, evaluations):
             seconds = clock.pause()
             loss_test, accuracy = evaluate(model, data.x_test, data.y_test)
             run.add(step, seconds, loss_test, f"{accuracy:.1%} right")
@@ -170,10 +170,7 @@ def main(words: list[str] | None = None) -> dict[str, Run]:
     data = load(options.data)
     print(f"{data.name}: {len(data.x_train)} images for training, {len(data.x_test)} for validation")
     same = {key: getattr(options, key) for key in ("width", "blocks", "steps", "batch", "evaluations", "seed")}
-    rates = {method: lrs[: options.rates] for method, lrs in RATES.items()}
-    best = sweep(rates, lambda method, lr: train(data, method, lr, **same))
-    picture(options.out, best, "validation loss")
-    return best
+    return compare(options, RATES, lambda method, lr: train(data, method, lr, **same), "validation loss")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ alone: frozen layers have no factors and cost nothing.
 """
 
 import torch
-from comparison import Clock, Run, arguments, picture, sweep
+from comparison import Clock, Run, arguments, compare, due
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,7 +97,7 @@ def train(method: str, lr: float, *, width: int, rank: int, steps: int, batch: i
             pre.step()  # natgrad: gradients become preconditioned gradients
         optimizer.step()
         scheduler.step()
-        if step % max(1, steps // evaluations) == 0 or step == steps:
+        if due(step, steps, evaluations):
             seconds = clock.pause()
             with torch.no_grad():
                 z = model(x_there)
@@ -116,10 +116,7 @@ def main(words: list[str] | None = None) -> dict[str, Run]:
     same = {key: getattr(options, key) for key in ("width", "rank", "steps", "batch", "evaluations", "seed")}
     model = adapted(pretrained(options.width, 1, 0), options.rank, 0)
     print(ng.Preconditioner(model, ng.Categorical()).coverage())
-    rates = {method: lrs[: options.rates] for method, lrs in RATES.items()}
-    best = sweep(rates, lambda method, lr: train(method, lr, **same))
-    picture(options.out, best, "validation loss")
-    return best
+    return compare(options, RATES, lambda method, lr: train(method, lr, **same), "validation loss")
 
 
 if __name__ == "__main__":

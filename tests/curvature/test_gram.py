@@ -10,7 +10,7 @@ from torch import nn
 
 import natgrad as ng
 from natgrad.curvature.base import Diagonal, Factors, LayerSums, Statistics, entries, factors_from, to_dense
-from natgrad.curvature.gram import Gram, add_grams, dense
+from natgrad.curvature.gram import Gram
 from natgrad.curvature.kfac import statistics_from
 from natgrad.curvature.running import RunningFactors
 from natgrad.layers.capture import Capture
@@ -42,10 +42,10 @@ def test_an_average_takes_the_rows_in_as_it_would_the_matrix(rows, d, bias, weig
 
 def test_sums_stay_rows_as_long_as_these_are_few():
     x, y, z = (torch.randn(n, 5, dtype=torch.float64) for n in (2, 3, 1))
-    both = add_grams(Gram(x), Gram(y))
+    both = Gram(x) + Gram(y)
     assert isinstance(both, Gram) and len(both.rows) == 5
-    torch.testing.assert_close(dense(both), x.T @ x + y.T @ y)
-    all_three = add_grams(both, Gram(z))
+    torch.testing.assert_close(to_dense(both), x.T @ x + y.T @ y)
+    all_three = both + Gram(z)
     assert isinstance(all_three, torch.Tensor)
     torch.testing.assert_close(all_three, x.T @ x + y.T @ y + z.T @ z)
 

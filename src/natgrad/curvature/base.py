@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.curvature.gram import Gram, add_grams, dense
+from natgrad.curvature.gram import Gram
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Statistics:
         state["count"] = torch.as_tensor(self.count).clone()
         state["additive"] = torch.tensor(self.additive)
         for name, sums in self.layers.items():
-            state[f"{name}/A"], state[f"{name}/G"] = dense(sums.A), dense(sums.G)
+            state[f"{name}/A"], state[f"{name}/G"] = to_dense(sums.A), to_dense(sums.G)
             state[f"{name}/rows"] = torch.as_tensor(sums.rows, dtype=torch.float64)
             if sums.squares is not None:
                 state[f"{name}/squares"] = sums.squares
@@ -165,7 +165,7 @@ def factors_from(statistics: Statistics, *, in_place: bool = False) -> dict[str,
     factors = {}
     for name, sums in layers.items():
         if isinstance(sums.rows, Tensor):
-            per_row = torch.where(sums.rows > 0, unit / sums.rows, 0.0).to(dense(sums.G).dtype)
+            per_row = torch.where(sums.rows > 0, unit / sums.rows, 0.0).to(to_dense(sums.G).dtype)
         else:
             per_row = scale[sums.rows]
         squares = None if sums.squares is None else sums.squares / statistics.count
@@ -181,12 +181,12 @@ def to_dense(factor: Tensor | Diagonal | Gram) -> Float[Tensor, "*stack d d"]:
 
 def entries(factor: Tensor | Diagonal | Gram) -> Tensor:
     """A factor as a matrix, a diagonal one as its diagonal."""
-    return factor.vector if isinstance(factor, Diagonal) else dense(factor)
+    return factor.vector if isinstance(factor, Diagonal) else to_dense(factor)
 
 
 def diagonal(factor: Tensor | Diagonal | Gram) -> Float[Tensor, " d"]:
     """The diagonal of a factor."""
-    return factor.vector if isinstance(factor, Diagonal) else dense(factor).diagonal()
+    return factor.vector if isinstance(factor, Diagonal) else to_dense(factor).diagonal()
 
 
 def kron(A: Float[Tensor, "a b"], G: Float[Tensor, "c d"]) -> Float[Tensor, "ac bd"]:
@@ -212,6 +212,9 @@ def _factor(mean: Tensor | Gram) -> Tensor | Diagonal | Gram:
 
 
 def _added(x: Tensor | Gram, y: Tensor | Gram) -> Tensor | Gram:
-    if len(x.shape) != len(y.shape):
-        x, y = (torch.diag(t) if t.ndim == 1 else t for t in (dense(x), dense(y)))
-    return add_grams(x, y)
+    if isinstance(x, Gram) and isinstance(y, Gram):
+        return x + y
+    x, y = to_dense(x), to_dense(y)
+    if x.ndim != y.ndim:
+        x, y = (torch.diag(t) if t.ndim == 1 else t for t in (x, y))
+    return x + y

@@ -6,11 +6,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from natgrad.curvature.base import Statistics, factors_from
+from natgrad.curvature.base import Statistics, factors_from, to_dense
 from natgrad.curvature.batches import batches_of, following_global
 from natgrad.curvature.cotangents import Expectation, check_expectation
 from natgrad.curvature.dense import collect_dense
-from natgrad.curvature.gram import dense
 from natgrad.curvature.input_covariance import collect_inputs
 from natgrad.curvature.inverse import Eigenbasis, eigenbasis
 from natgrad.curvature.kfac import collect
@@ -167,7 +166,7 @@ def _second_pass(
 def _check_finite(statistics: Statistics) -> None:
     for name, sums in statistics.layers.items():
         for which, total in (("inputs", sums.A), ("output derivatives", sums.G)):
-            if not torch.isfinite(dense(total)).all():
+            if not torch.isfinite(to_dense(total)).all():
                 where = f"of layer {name!r} " if name else ""
                 raise ValueError(
                     f"x: the {which} {where}are not all finite; look for NaN or infinite values in the data or "

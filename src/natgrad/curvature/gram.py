@@ -33,6 +33,14 @@ class Gram:
         size = self.rows.shape[1] + self.bias
         return torch.Size((size, size))
 
+    def __add__(self, other: "Gram") -> "Gram | Tensor":
+        """The sum over both sets of rows; a matrix where these are more than columns, or of different scales."""
+        scales = self.scale, other.scale
+        alike = not any(isinstance(scale, Tensor) for scale in scales) and scales[0] == scales[1]
+        if alike and self.bias == other.bias and len(self.rows) + len(other.rows) <= self.shape[0]:
+            return replace(self, rows=torch.cat([self.rows, other.rows]))
+        return self.to_dense() + other.to_dense()
+
     def __mul__(self, factor: float | Tensor) -> "Gram":
         """The matrix times a number."""
         return replace(self, scale=self.scale * factor)
@@ -67,15 +75,3 @@ class Gram:
             average[d, :d].mul_(keep).add_(x.sum(0), alpha=share)
             average[:d, d] = average[d, :d]
             average[d, d].mul_(keep).add_(share * len(x))
-
-
-def add_grams(x: "Tensor | Gram", y: "Tensor | Gram") -> "Tensor | Gram":
-    """The sum; two that are kept as rows of the same scale stay so, as long as the rows are not more than columns."""
-    if isinstance(x, Gram) and isinstance(y, Gram) and len(x.rows) + len(y.rows) <= x.shape[0]:
-        return replace(x, rows=torch.cat([x.rows, y.rows]))
-    return dense(x) + dense(y)
-
-
-def dense(x: "Tensor | Gram") -> Tensor:
-    """A matrix, or a vector that stands for a diagonal one."""
-    return x.to_dense() if isinstance(x, Gram) else x

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, LayerSums, Statistics, to_dense
 from natgrad.curvature.block_inverse import FactoredInverse
-from natgrad.curvature.gram import dense
 from natgrad.curvature.kfac import check_captured
 from natgrad.curvature.layer_sums import input_sums, leading_use
 from natgrad.layers.capture import Capture, Record
@@ -50,7 +49,7 @@ def input_statistics(record: Record, batch: int, share: float = 1.0) -> Statisti
     device = next((calls[0].input.device.type for calls in uses.values()), "cpu")
     with torch.autocast(device, enabled=False):
         sums = {name: input_sums(block, uses.get(name, []), rows) for name, block in record.blocks.items()}
-    layers = {name: LayerSums(s.A, dense(s.A).new_ones(s.G.shape[0]) * s.rows, s.rows) for name, s in sums.items()}
+    layers = {name: LayerSums(s.A, to_dense(s.A).new_ones(s.G.shape[0]) * s.rows, s.rows) for name, s in sums.items()}
     return Statistics(layers, float(rows), float(rows)).standing_for(batch)
 
 

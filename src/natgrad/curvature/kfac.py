@@ -12,7 +12,6 @@ from natgrad.curvature.base import Diagonal, Factors, Statistics, factors_from, 
 from natgrad.curvature.block_inverse import BlockInverse, FactoredInverse
 from natgrad.curvature.cotangents import check_expectation, cotangents, fisher_diagonal, validate_targets
 from natgrad.curvature.ekfac import GradientSquares
-from natgrad.curvature.gram import dense
 from natgrad.curvature.inverse import Eigenbasis, ExactInverse, eigenbasis, invert_block
 from natgrad.curvature.layer_sums import add_outputs, example_by_example, input_sums, leading_examples, leading_use
 from natgrad.curvature.pairs import PairSums
@@ -190,7 +189,7 @@ def statistics_from(
                     pairs.add(found)
                 for name, gradient in zip(bare, bare_gradients, strict=True):
                     if gradient is not None:
-                        squares_of = dense(sums[name].A)  # a vector
+                        squares_of = to_dense(sums[name].A)  # a vector
                         squares_of.add_(gradient.to(squares_of.dtype).flatten().square())
     for name, vector in known.items():
         sums[name].G = vector.to(record.blocks[name].dtype)

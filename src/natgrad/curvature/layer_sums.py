@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.curvature.base import LayerSums
-from natgrad.curvature.gram import Gram, add_grams, dense
+from natgrad.curvature.base import LayerSums, to_dense
+from natgrad.curvature.gram import Gram
 from natgrad.layers.factors import flatten_rows
 from natgrad.layers.linear import LinearRule
 from natgrad.layers.rules import Block, DiagonalRule, KroneckerRule, Use
@@ -74,7 +74,7 @@ def add_outputs(
             # Rows of other examples hold zeros: where they cannot be told apart they do no harm.
             use, g = _leading_gradient(use, g, rows, batch)
             if isinstance(sums.G, Gram):
-                sums.G = add_grams(sums.G, Gram(flatten_rows(g).to(block.dtype)))
+                sums.G = sums.G + Gram(flatten_rows(g).to(block.dtype))
             else:
                 rule.output_sum(block, use, g, sums.G)
     elif isinstance(rule, DiagonalRule):
@@ -85,7 +85,7 @@ def add_outputs(
         if all(part.shape == parts[0].shape for part in parts):  # an example's gradient is the sum over the calls
             parts = [torch.stack(parts).sum(0)] if len(parts) > 1 else parts
         for part in parts:
-            dense(sums.A).add_(part.square().sum(0))
+            to_dense(sums.A).add_(part.square().sum(0))
 
 
 def _kept(block: Block, uses: Sequence[Use]) -> Gram | None:

@@ -13,10 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.curvature.base import Statistics
+from natgrad.curvature.base import Statistics, to_dense
 from natgrad.curvature.cotangents import cotangents
 from natgrad.curvature.ekfac import GradientSquares
-from natgrad.curvature.gram import dense
 from natgrad.curvature.inverse import Eigenbasis
 from natgrad.curvature.layer_sums import add_outputs, input_sums, leading_examples, leading_use
 from natgrad.layers.capture import Record
@@ -123,7 +122,7 @@ class LossStatistics:
             )
         factor = torch.where(self._proportional, 1 / self._scale.square(), torch.nan)
         for name, sums in self._sums.items():
-            one_sided = dense(sums.A if isinstance(self._blocks[name].rule, DiagonalRule) else sums.G)
+            one_sided = to_dense(sums.A if isinstance(self._blocks[name].rule, DiagonalRule) else sums.G)
             one_sided.mul_(factor.to(one_sided.dtype))
             if sums.squares is not None:
                 sums.squares.mul_(factor.to(sums.squares.dtype))
@@ -154,7 +153,7 @@ class LossStatistics:
     def _reduce(self, name: str) -> None:
         """All derivatives of one layer are there: sum them up and let them go."""
         found, sums, uses = self._gradients.pop(name), self._sums[name], self._uses[name]
-        like = dense(sums.A)
+        like = to_dense(sums.A)
         gs = [
             g if (g := found.get(i)) is not None else like.new_zeros(shape)
             for i, shape in enumerate(self._outputs[name])

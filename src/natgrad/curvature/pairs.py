@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import LayerSums
-from natgrad.curvature.gram import dense
+from natgrad.curvature.base import LayerSums, to_dense
 from natgrad.layers.capture import Record
 from natgrad.layers.factors import cross_moment, flatten_rows
 
@@ -87,6 +86,6 @@ class PairSums:
             gradients: g of the only call, by layer name.
         """
         for lower, upper in self._neighbours:
-            G = dense(self.sums[pair_key(lower, upper)].G)
+            G = to_dense(self.sums[pair_key(lower, upper)].G)
             g, h = (flatten_rows(self._leading(gradients[name][0])[0]).to(G.dtype) for name in (lower, upper))
             torch.addmm(G, g.T, h, out=G)

@@ -86,7 +86,7 @@ class Chain:
             inputs: the recorded input of each layer, ``[..., in]``.
             cotangent: shaped like z; not changed.
         """
-        return {name: g for name, _, g in self.layerwise(dict(inputs), cotangent)}  # each g is a tensor of its own
+        return {name: g for name, _, g in self.layerwise(dict(inputs), cotangent)}
 
     def layerwise(
         self, inputs: dict[str, Tensor], cotangent: Tensor, *, consume: bool = False

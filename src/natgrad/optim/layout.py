@@ -4,7 +4,6 @@ The curvature acts on the joint matrix of a layer, the model on ``W`` and ``b`` 
 (+1)]`` gives both as views: nothing is concatenated or copied on the way from the gradient to the update.
 """
 
-import itertools
 import math
 
 import torch
@@ -63,13 +62,10 @@ class JointLayout:
 
     def inner_products(self, left: list[Tensor], right: list[Tensor]) -> Float[Tensor, "left right"]:
         """``l · r`` for all pairs of flat vectors, in float64; a pair that occurs twice is multiplied once."""
-        products: dict[frozenset[int], Tensor] = {}
-        for x, r in itertools.product(left, right):
-            pair = frozenset((id(x), id(r)))
-            if pair not in products:
-                products[pair] = torch.dot(x, r)
-        entries = [products[frozenset((id(x), id(r)))] for x in left for r in right]
-        return torch.stack(entries).view(len(left), len(right)).double()
+        pairs = {frozenset((id(x), id(r))): (x, r) for x in left for r in right}
+        products = {key: torch.dot(x, r) for key, (x, r) in pairs.items()}
+        found = [products[frozenset((id(x), id(r)))] for x in left for r in right]
+        return torch.stack(found).view(len(left), len(right)).double()
 
     def blocks(self, flat: Float[Tensor, " size"]) -> dict[str, Float[Tensor, "*stack out columns"]]:
         """Views of the joint matrices ``[W b]``, by layer."""
