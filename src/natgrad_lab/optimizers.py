@@ -125,20 +125,28 @@ def _read_recipe(file: str) -> dict[str, Any]:
         raise ValueError(f"the recipe {path} is not valid JSON ({error}); restore it from version control") from error
 
 
+def gradient_step(
+    model: nn.Module, likelihood: Any, optimizer: torch.optim.Optimizer
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Forward, backward and update by a `torch.optim` optimiser; returns the loss before the update."""
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = likelihood.nll(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
 def _first_order(name: str, task: Any, model: nn.Module, seed: int, overrides: dict[str, Any]) -> Competitor:
     settings = {**baseline_settings(name, task.name), **overrides}
     arguments = {key: value for key, value in settings.items() if key != "batch_size"}
     optimizer = _FIRST_ORDER[name](list(model.parameters()), **arguments)
 
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = task.likelihood.nll(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
     m = min(int(settings["batch_size"]), len(task.x_train))
-    return Competitor(name, model, optimizer, step, lambda k: m, settings)
+    return Competitor(name, model, optimizer, gradient_step(model, task.likelihood, optimizer), lambda k: m, settings)
 
 
 def _kfac(name: str, task: Any, model: nn.Module, seed: int, overrides: dict[str, Any]) -> Competitor:
@@ -202,15 +210,7 @@ def _whitened(
     transform = {key: arguments[key] for key in ("every", "damping", "examples") if key in arguments}
     rest = {key: value for key, value in arguments.items() if key not in transform}
     optimizer = _WithWhitening(model, transform, **rest)
-
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = task.likelihood.nll(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return optimizer, step
+    return optimizer, gradient_step(model, task.likelihood, optimizer)
 
 
 # What K-FAC chose where the recipe is silent: written beside the results, so that τ's and T's are always there.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import natgrad as ng
 from natgrad.training import MeanOnlyBatchNorm, glorot_init_, he_init_
 from natgrad_lab import labelled
+from natgrad_lab.optimizers import gradient_step
 from natgrad_lab.recipes.run import Run
 from natgrad_lab.runner import EVALUATION_CHUNK, Batches, Clock
 
@@ -107,16 +108,7 @@ def network(task: Task, units: str, norm: str | None, init: float, seed: int) ->
 
 
 def _sgd(model: nn.Module, task: Task, s: Mapping[str, float], every: int, seed: int) -> Step:
-    optimizer = torch.optim.SGD(model.parameters(), lr=s["lr"], fused=True)
-
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = task.likelihood.nll(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+    return gradient_step(model, task.likelihood, torch.optim.SGD(model.parameters(), lr=s["lr"], fused=True))
 
 
 def _centered(model: nn.Module, task: Task, s: Mapping[str, float], every: int, seed: int) -> Step:
