@@ -50,6 +50,12 @@ def test_sums_stay_rows_as_long_as_these_are_few():
     torch.testing.assert_close(all_three, x.T @ x + y.T @ y + z.T @ z)
 
 
+def test_rows_of_different_scales_are_not_put_together():
+    x, y = (torch.randn(n, 5, dtype=torch.float64) for n in (2, 1))
+    for scale in (0.5, torch.tensor(0.5)):
+        torch.testing.assert_close(to_dense(Gram(x) * scale + Gram(y)), 0.5 * x.T @ x + y.T @ y)
+
+
 def chain(bias=True):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(9, 8, bias=bias), nn.Tanh(), nn.Linear(8, 7)).double()
