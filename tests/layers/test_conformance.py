@@ -37,6 +37,11 @@ LAYERS: dict[str, tuple[Any, Any]] = {
     "batch norm, eval": (lambda: nn.BatchNorm2d(2).eval(), (3, 2, 2, 2)),
     "batch norm, train": (lambda: nn.BatchNorm1d(4), (5, 4)),
     "instance norm": (lambda: nn.InstanceNorm1d(3, affine=True), (3, 3, 4)),
+    "cell": (lambda: nn.GRUCell(3, 2), (4, 3)),
+    "rnn": (lambda: nn.RNN(2, 2, 2, nonlinearity="relu", batch_first=True, bias=False), (3, 3, 2)),
+    "lstm": (lambda: nn.LSTM(2, 2, batch_first=True, bidirectional=True), (3, 3, 2)),
+    "lstm, projected": (lambda: nn.LSTM(2, 3, proj_size=2, batch_first=True), (3, 3, 2)),
+    "gru": (lambda: nn.GRU(2, 2, 2, batch_first=True, bidirectional=True), (3, 3, 2)),
 }
 
 

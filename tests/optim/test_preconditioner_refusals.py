@@ -199,8 +199,6 @@ def test_what_is_not_supported_is_named() -> None:
     bags = nn.Sequential(nn.EmbeddingBag(5, 3), nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"no factor covers 0\.weight \(EmbeddingBag, which sums embeddings"):
         ng.Preconditioner(bags, LIKELIHOOD)
-    with pytest.raises(ValueError, match=r"weight_ih_l0 \(LSTM, whose kernel hides its linear maps; the same from"):
-        ng.Preconditioner(nn.LSTM(3, 4), LIKELIHOOD)
     inner, x = mlp(4, 3, 3), batch()
 
     class Reentrant(nn.Module):

@@ -9,11 +9,11 @@ from natgrad.layers.linear import LinearRule
 from natgrad.layers.normalization import ChannelsRule, LastDimensionsRule
 from natgrad.layers.recurrent import GatesRule
 from natgrad.layers.registry import register_layer
+from natgrad.layers.unrolled import rules_of
 
 # Kinds whose parameters are used in ways that nothing can see, and what to do instead.
 REFUSED = {
     nn.EmbeddingBag: "EmbeddingBag, which sums embeddings out of sight; use Embedding and sum them yourself",
-    nn.RNNBase: "{kind}, whose kernel hides its linear maps; the same from {kind}Cell, step by step, is covered",
 }
 
 
@@ -34,6 +34,8 @@ def register_kinds() -> None:
     register_layer(nn.MultiheadAttention, {"in_proj": InProjectionRule(), "out_proj": OutProjectionRule()})
     for kind in (nn.RNNCell, nn.LSTMCell, nn.GRUCell):
         register_layer(kind, {"ih": GatesRule("ih"), "hh": GatesRule("hh")})
+    for kind in (nn.RNN, nn.LSTM, nn.GRU):
+        register_layer(kind, rules_of)
 
 
 register_kinds()
@@ -43,5 +45,5 @@ def refused(layer: nn.Module) -> str | None:
     """Why a layer's parameters can have no factor, where that is known."""
     for kind, reason in REFUSED.items():
         if isinstance(layer, kind):
-            return reason.format(kind=type(layer).__name__)
+            return reason
     return None

@@ -1,17 +1,19 @@
 """Which rule covers which kind of layer."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from natgrad.layers.rules import Block, LayerRule, Sharing
 
-# Kind → name of a block within the layer ("" for the only one) → its rule.
-_RULES: dict[type[nn.Module], dict[str, LayerRule]] = {}
+Rules = Mapping[str, LayerRule]
+# Kind → name of a block within the layer ("" for the only one) → its rule; or a function that says so of a layer.
+_RULES: dict[type[nn.Module], Rules | Callable[[Any], Rules]] = {}
 
 
-def register_layer(kind: type[nn.Module], rule: LayerRule | Mapping[str, LayerRule]) -> None:
+def register_layer(kind: type[nn.Module], rule: LayerRule | Rules | Callable[[Any], Rules]) -> None:
     """Cover layers of a kind of your own, everywhere in natgrad from now on.
 
     A layer is covered by the rule of its own class; one that inherits from it is covered too as long as it keeps the
@@ -20,14 +22,18 @@ def register_layer(kind: type[nn.Module], rule: LayerRule | Mapping[str, LayerRu
     Args:
         kind: the class of the layers.
         rule: an object of a :class:`natgrad.layers.KroneckerRule` or :class:`natgrad.layers.DiagonalRule`;
-            :func:`natgrad.testing.check_layer` tests it. For a layer with several blocks: a mapping from their names.
+            :func:`natgrad.testing.check_layer` tests it. For a layer with several blocks: a mapping from their names,
+            or a function from the layer to such a mapping where its settings say which blocks it has.
 
     Raises:
         TypeError: ``kind`` is no class of modules, or ``rule`` no object of a rule.
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise TypeError(f"kind: expected a subclass of torch.nn.Module, got {kind!r}")
-    rules = dict(rule) if isinstance(rule, Mapping) else {"": rule}
+    if inspect.isfunction(rule):
+        _RULES[kind] = rule
+        return
+    rules: dict[str, Any] = dict(rule) if isinstance(rule, Mapping) else {"": rule}
     for found in rules.values():
         if not isinstance(found, LayerRule):
             what = f"the class {found.__name__}; make an object of it" if isinstance(found, type) else repr(found)
@@ -35,12 +41,13 @@ def register_layer(kind: type[nn.Module], rule: LayerRule | Mapping[str, LayerRu
     _RULES[kind] = rules
 
 
-def rules_for(layer: nn.Module) -> Mapping[str, LayerRule] | None:
+def rules_for(layer: nn.Module) -> Rules | None:
     """The rules of a layer's kind by the names of their blocks, or None where no rule covers it."""
     for kind in type(layer).__mro__:
         if kind in _RULES:
             own = type(layer).forward is kind.forward and "forward" not in vars(layer)
-            return _RULES[kind] if own else None
+            found = _RULES[kind]
+            return (found if isinstance(found, Mapping) else found(layer)) if own else None
     return None
 
 

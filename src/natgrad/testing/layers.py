@@ -15,16 +15,17 @@ from torch.testing import assert_close
 from natgrad.curvature.base import to_dense
 from natgrad.curvature.fisher import kronecker_fisher
 from natgrad.curvature.inverse import kronecker_basis
-from natgrad.layers.registry import block_of
+from natgrad.layers.registry import block_of, rules_for
 from natgrad.layers.rules import Block, DiagonalRule, KroneckerRule, Use
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian
 from natgrad.operators.autodiff import EmpiricalFisher, Fisher
+from natgrad.testing.maps import check_maps
 
 _OUTPUTS = 3
 
 
 class Probe(nn.Module):
-    """The layer, tanh, and a fixed random map of each example's outputs to a few.
+    """The layer, tanh, and a fixed random map of each example's outputs to a few; of several outputs the first counts.
 
     Args:
         layer: under test.
@@ -35,21 +36,26 @@ class Probe(nn.Module):
         super().__init__()
         self.layer = layer
         with torch.no_grad():
-            size = layer(x).flatten(1).shape[1]
+            size = self._output(x).flatten(1).shape[1]
         generator = torch.Generator().manual_seed(1)
         weight = torch.randn(size, _OUTPUTS, generator=generator, dtype=torch.float64) / size**0.5
         self.register_buffer("weight", weight.to(x.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """z, ``[batch, 3]``."""
-        return torch.tanh(self.layer(x)).flatten(1) @ self.weight
+        return torch.tanh(self._output(x)).flatten(1) @ self.weight
+
+    def _output(self, x: Tensor) -> Tensor:
+        found = self.layer(x)
+        return found[0] if isinstance(found, tuple) else found
 
 
 def check_layer(layer: nn.Module, x: Tensor, *, rtol: float = 1e-7, atol: float = 1e-9) -> None:
     """Put a layer's rule through the conformance suite, in float64 and on a copy of the layer.
 
     Args:
-        layer: any layer whose kind has a rule (:func:`natgrad.register_layer`), with trained parameters.
+        layer: any layer whose kind has a rule (:func:`natgrad.register_layer`), with trained parameters. It takes one
+            tensor; where it returns several the first counts, with the examples in dimension 0.
         x: a batch for it, with the examples in dimension 0: at least three, of which no two are alike.
         rtol: of all comparisons.
         atol: of all comparisons.
@@ -64,6 +70,10 @@ def check_layer(layer: nn.Module, x: Tensor, *, rtol: float = 1e-7, atol: float 
     layer = copy.deepcopy(layer).double()
     x = x.double() if x.is_floating_point() else x
     close: dict[str, Any] = {"rtol": rtol, "atol": atol}
+    if list(rules_for(layer) or [""]) != [""]:
+        for likelihood in (Gaussian(0.7), Bernoulli("element"), Categorical("none")):
+            check_maps(Probe(layer, x), likelihood, x, close)
+        return
     block = block_of("layer", layer)
     if not block.members:
         raise ValueError(f"layer: no parameter of {type(layer).__name__} is trained")
