@@ -10,7 +10,7 @@ from oracles.layers import draw, kronecker, softmax_fisher
 from torch import Tensor, nn
 
 import natgrad as ng
-from natgrad.layers import patches
+from natgrad.layers import convolution, patches, shifts
 
 CONVOLUTIONS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "plain": (lambda: nn.Conv2d(2, 3, 2), (4, 4)),
@@ -101,20 +101,58 @@ def test_any_number_of_patches_at_a_time(name: str, elements: int, monkeypatch: 
     net, x = make(name)
     expected = ng.kronecker_fisher(net, ng.Categorical(), x).factors["conv"].A
     monkeypatch.setattr(patches, "_ELEMENTS_CPU", elements)
-    sizes = []
-    original = patches.patch_matrices
+    sizes = {"patch_matrices": [], "parts_of": []}
 
-    def watched(*args: Any) -> Any:
-        for p in original(*args):
-            sizes.append(p.numel())
-            yield p
+    def watched(module: Any, name: str) -> None:
+        original = getattr(module, name)
 
-    monkeypatch.setattr("natgrad.layers.convolution.patch_matrices", watched)
+        def kept(*args: Any) -> Any:
+            for part in original(*args):
+                sizes[name].append(part.numel())
+                yield part
+
+        monkeypatch.setattr(module, name, kept)
+
+    watched(convolution, "patch_matrices")
+    watched(shifts, "parts_of")
     found = ng.kronecker_fisher(net, ng.Categorical(), x).factors["conv"].A
     torch.testing.assert_close(found, expected)
-    view = net.conv(x).shape  # at least one line of output positions at a time
-    line = expected[..., 0].numel() // expected.shape[-1] * (expected.shape[-1] - 1) * view[3:].numel()
-    assert max(sizes) <= max(line, elements) and (elements > 1 or len(sizes) == len(x) * view[2])
+    view, d = net.conv(x).shape, expected.shape[-1] - 1
+    line = expected.numel() // (d + 1) ** 2 * d * view[3:].numel()  # one line of output positions at a time
+    if sizes["patch_matrices"]:
+        assert max(sizes["patch_matrices"]) <= max(line, elements) and not sizes["parts_of"]
+        assert elements > 1 or len(sizes["patch_matrices"]) == len(x) * view[2]
+    else:  # a line of the input is what the rest of the kernel sees of it; three times the overlap, and one
+        taps = net.conv.kernel_size[0]
+        assert max(sizes["parts_of"]) <= max(line // taps * (3 * (taps - 1) + 1), elements)
+    assert bool(sizes["patch_matrices"]) == (name == "stride and padding"), sizes
+
+
+@given(
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    groups=st.sampled_from([1, 2]),
+    size=st.tuples(st.integers(5, 11), st.integers(5, 7)),
+    elements=st.sampled_from([1, 200, 10**6]),
+    channels_last=st.booleans(),
+)
+def test_products_of_lines_are_shared(
+    kernel: Any, stride: Any, dilation: Any, groups: int, size: Any, elements: int, channels_last: bool
+) -> None:
+    """Sums and moments of all patches, written out and by lines, whatever the options and the number of parts."""
+    x = draw(3, 4, *size)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    view = patches.patch_view(x, kernel, stride, dilation)
+    lines = shifts.lines_of(view, groups)
+    assert (lines is None) == (
+        kernel[0] == 1 or dilation[0] % stride[0] > 0 or view.shape[4] <= dilation[0] // stride[0] * (kernel[0] - 1)
+    )
+    if lines is not None:
+        p = torch.cat(list(patches.patch_matrices(view, groups)), dim=2)
+        sums, moment = shifts.moments_of(lines, elements, True, p.dtype)
+        torch.testing.assert_close(moment, p @ p.mT)
+        torch.testing.assert_close(sums, p.sum(2))
 
 
 @given(

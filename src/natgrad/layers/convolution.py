@@ -13,8 +13,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.layers.factors import joint_moment
-from natgrad.layers.patches import add_lower, mean_patches, mirror, pad_like, patch_matrices, patch_view, stuff_zeros
+from natgrad.layers.patches import (
+    add_lower,
+    elements_at_once,
+    mean_patches,
+    mirror,
+    pad_like,
+    patch_matrices,
+    patch_view,
+    stuff_zeros,
+)
 from natgrad.layers.rules import Block, KroneckerRule, Use
+from natgrad.layers.shifts import lines_of, moments_of
 
 
 class ConvolutionRule(KroneckerRule):
@@ -182,6 +192,9 @@ def _batched(x: Tensor, layer: Any) -> Tensor:
 
 def _sums(patches: Tensor, groups: int, bias: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``Σ p`` (zeros where no bias asks for it) and ``Σ p pᵀ`` per group."""
+    lines = lines_of(patches, groups)
+    if lines is not None:
+        return moments_of(lines, elements_at_once(patches), bias, dtype)
     features = patches.shape[1] // groups * patches.shape[2 : 2 + (patches.ndim - 2) // 2].numel()
     sums = patches.new_zeros(groups, features, dtype=dtype)
     moment = patches.new_zeros(groups, features, features, dtype=dtype)

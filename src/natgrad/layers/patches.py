@@ -75,7 +75,7 @@ def patch_matrices(patches: Float[Tensor, "N C ..."], groups: int) -> Iterator[F
     ordered = patches.unflatten(1, (groups, -1)).movedim(0, 2 + spatial)  # groups, channels, kernel, N, positions
     features = ordered[0, ..., 0, *[0] * spatial].numel()
     positions = ordered.shape[3 + spatial :]
-    limit = _ELEMENTS_CPU if patches.device.type == "cpu" else _ELEMENTS_ACCELERATOR
+    limit = elements_at_once(patches)
     per_row = groups * features * positions[1:].numel()
     per_example = per_row * positions[0]
     examples = max(1, limit // per_example)
@@ -83,6 +83,11 @@ def patch_matrices(patches: Float[Tensor, "N C ..."], groups: int) -> Iterator[F
     for part in ordered.split(examples, dim=2 + spatial):
         for block in part.split(lines, dim=3 + spatial):
             yield block.reshape(groups, features, -1)
+
+
+def elements_at_once(x: Tensor) -> int:
+    """How many elements of patches of a tensor may exist at one time."""
+    return _ELEMENTS_CPU if x.device.type == "cpu" else _ELEMENTS_ACCELERATOR
 
 
 def mean_patches(patches: Float[Tensor, "N C ..."], groups: int) -> Float[Tensor, "groups N features"]:
