@@ -85,8 +85,8 @@ def draw(race: Race, against: str, theme: str = "light") -> Figure:
         ends.append((x[-1], train[-1], f"{trace.name} {shown(final)}", colour))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    _ticks(axes, "x")
-    _ticks(axes, "y")
+    plain_ticks(axes, "x")
+    plain_ticks(axes, "y")
     style_axes(axes, colours)
     _label_ends(axes, ends)
     axes.set_xlabel("seconds of training" if against == "seconds" else "updates", color=colours["ink"], fontsize=11)
@@ -135,7 +135,7 @@ def _points(trace: Trace, of: Callable[[Evaluation], float]) -> list[tuple[float
     return [row for row in rows if row[0] > 0 and all(math.isfinite(v) and v > 0 for v in row)]
 
 
-def _ticks(axes: matplotlib.axes.Axes, which: str) -> None:
+def plain_ticks(axes: matplotlib.axes.Axes, which: str) -> None:
     """Plain numbers (1, 2, 5, 10 …) on a logarithmic axis, fewer of them the more decades it spans."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axis.get_view_interval()

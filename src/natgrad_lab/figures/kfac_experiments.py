@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from natgrad_lab.figures.drawing import COLOURS, INK, MARKERS, Drawing, canvas, draws
+from natgrad_lab.plots import plain_ticks
 from natgrad_lab.recipes.run import Record
 
 LABELS = {"block_tridiagonal": "tri", "block_diagonal": "diag"}
@@ -38,18 +39,28 @@ def figure_7(record: Record) -> Drawing:
 def figure_9(record: Record) -> Drawing:
     """Error per iteration (left) and per training case (right), a row for each method."""
     c = record.configuration
-    figure, axes = canvas(len(c["methods"]), 2, width=10, height=2.7 * len(c["methods"]))
+    figure, axes = canvas(len(c["methods"]), 2, width=10, height=2.7 * len(c["methods"]), sharey="row")
     rows = []
     for row, name in zip(axes, c["methods"], strict=True):
-        for i, m in enumerate(c["sizes"]):
-            found = record.results[f"{name}, m = {m}"]
-            for one, against in zip(row, ("update", "examples"), strict=True):
-                _line(one, found, against, COLOURS[i], f"m = {m}")
-            rows.append((f"{name}, m = {m}: last error", "–", _last(found)))
-        row[0].set_ylabel(f"{name}\ntraining error", fontsize=8)
+        found = {m: record.results[f"{name}, m = {m}"] for m in c["sizes"][name]}
+        row[1].set_xscale("log")
+        for i, (m, one) in enumerate(found.items()):
+            for place, against in zip(row, ("update", "examples"), strict=True):
+                _line(place, one, against, COLOURS[i], f"m = {m}")
+        row[0].set_ylabel("training error", fontsize=9)
+        row[0].set_title(name, color=INK["ink"], fontsize=11, loc="left")
+        row[0].legend(fontsize=8, frameon=False)
+        plain_ticks(row[0], "y")
+        plain_ticks(row[1], "x")
+        error = max(min(e for e in one["train_error"] if e is not None) for one in found.values())
+        for m, one in found.items():
+            updates = updates_to(one, error)
+            assert updates is not None  # the error is one that every size reaches
+            cases = f"{m * updates:,.0f}".replace(",", " ")
+            text = f"{updates:.0f} updates, {cases} cases"
+            rows.append((f"{name}, m = {m}: to error {error:.3g}", "–", text))
     for one, label in zip(axes[-1], ("iterations", "training cases"), strict=True):
         one.set_xlabel(label)
-    axes[0][0].legend(fontsize=8, frameon=False)
     return Drawing({"": figure}, rows)
 
 
@@ -63,12 +74,14 @@ def figure_10(record: Record) -> Drawing:
     families = list(dict.fromkeys(_family(method) for method in c["methods"]))
     for suffix, against, label in (("time", "cpu_seconds", "CPU-seconds"), ("iterations", "update", "iterations")):
         figure, ((axes,),) = canvas(1, 1, width=8, height=4.6)
+        axes.set(xscale="log", xlabel=label, ylabel="training error")
         for method in c["methods"]:
             colour = COLOURS[families.index(_family(method))]
             style = "-" if _family(method) == method or "tri" in method.lower() else "--"
             for j, found in enumerate(_seeds(record, method)):
                 _line(axes, found, against, colour, method if j == 0 else None, style=style, faint=j > 0)
-        axes.set(xscale="log", xlabel=label, ylabel="training error")
+        plain_ticks(axes, "x")
+        plain_ticks(axes, "y")
         axes.set_title(c["task"].upper(), color=INK["ink"], fontsize=11, loc="left")
         axes.legend(fontsize=8, frameon=False)
         figures[suffix] = figure
@@ -126,7 +139,8 @@ def _line(
     faint: bool = False,
 ) -> None:
     rows = zip(found[against], found["train_error"], strict=True)
-    points = [(x, e) for x, e in rows if e is not None and e > 0]
+    first = 0 if axes.get_xscale() == "linear" else 1e-9  # update 0 has no place on a logarithmic axis
+    points = [(x, e) for x, e in rows if e is not None and e > 0 and x >= first]
     axes.plot(
         *zip(*points, strict=True),
         color=colour,
