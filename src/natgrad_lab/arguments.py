@@ -54,13 +54,8 @@ def load(task: str, folder: Path | None, device: str, console: Console) -> "Task
     with refusing():
         with console.status(f"Loading {task} …"):
             loaded = data.load(task, folder=folder)
-        try:
-            place = torch.device(device)
-            torch.empty(0, device=place)
-        except (RuntimeError, AssertionError) as error:
-            raise Refused(
-                f"the device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu"
-            ) from error
+        check_device(device)
+        place = torch.device(device)
         if place.type == "cpu":
             return loaded
         x_train, x_test = loaded.x_train.to(place), loaded.x_test.to(place)
@@ -71,6 +66,16 @@ def load(task: str, folder: Path | None, device: str, console: Console) -> "Task
             y_train=x_train if loaded.y_train is loaded.x_train else loaded.y_train.to(place),
             y_test=x_test if loaded.y_test is loaded.x_test else loaded.y_test.to(place),
         )
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is unknown or not there."""
+    import torch
+
+    try:
+        torch.empty(0, device=torch.device(name))
+    except (RuntimeError, AssertionError) as error:
+        raise Refused(f"the device {name!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from error
 
 
 def check_task(name: str) -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from natgrad_lab.arguments import Refused, output_folder, refusing, set_threads
+from natgrad_lab.arguments import Refused, check_device, output_folder, refusing, set_threads
 
 if TYPE_CHECKING:  # torch takes seconds to import: `natgrad --help` does without
     from natgrad_lab.recipes import Recipe
@@ -71,6 +71,7 @@ def run_recipe(
     if data is not None and not data.is_dir():
         raise Refused(f"the data folder {data} does not exist; --data takes the folder that holds mnist or olivetti")
     set_threads(threads)
+    check_device(device)
     folder = output_folder(out or default_folder(name, quick), "--out")
     from natgrad_lab.recipes.run import Run, clear
 

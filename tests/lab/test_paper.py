@@ -132,6 +132,7 @@ def test_list_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "kfac-fg2"], "Did you mean 'kfac-fig2'?"),
         (["plot", "kfac-fig2"], "there is no record in runs/paper/kfac-fig2; make it with natgrad paper run kfac-fig2"),
         (["run", "kfac-fig2", "--data", "nowhere"], "the data folder nowhere does not exist"),
+        (["run", "kfac-fig2", "--device", "tpu"], "the device 'tpu' cannot be used"),
     ],
 )
 def test_bad_input_is_one_line(
