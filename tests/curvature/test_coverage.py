@@ -41,6 +41,8 @@ def test_uncovered_parameters_are_named():
         kronecker_fisher(bilinear(), Gaussian(), draw(5, 3))
     with pytest.raises(ValueError, match=r"1\.weight \(LayerNorm, which structure 'full' does not cover\)"):
         kronecker_fisher(normed(), Gaussian(), draw(5, 3), structure="full")
+    with pytest.raises(ValueError, match=r"LayerNorm, which .*'block_tridiagonal'.*use structure='block_diagonal'"):
+        kronecker_fisher(normed(), Gaussian(), draw(5, 3), structure="block_tridiagonal")
     with pytest.raises(ValueError, match="uncovered='no'"):
         kronecker_fisher(normed(), Gaussian(), draw(5, 3), uncovered="no")
 

@@ -112,8 +112,9 @@ def cover(
     unwanted = {name: reason for name, reason in ordered.items() if reason != EXCLUDED}
     if unwanted and uncovered == "error":
         named = ", ".join(f"{name} ({reason})" for name, reason in unwanted.items())
+        wider = "use structure='block_diagonal', " if structure == "block_tridiagonal" else ""
         raise ValueError(
-            f"no factor covers {named}; freeze them with requires_grad_(False), pass uncovered='identity' or "
+            f"no factor covers {named}; {wider}freeze them with requires_grad_(False), pass uncovered='identity' or "
             "uncovered='diagonal' to say how they are treated, or give their kind a rule with natgrad.register_layer"
         )
     finder.check_names(blocks)
