@@ -72,6 +72,25 @@ def spd_inverse(
     Raises:
         ValueError: with ``check``, when ``M + damping I`` is singular to working precision; proposes a damping.
     """
+    L, ok = damped_cholesky(M, damping)
+    if check and not (ok and _well_conditioned(L)):
+        raise ValueError(_not_definite(M, what, damping))
+    if not ok:  # cholesky_inverse raises on a zero pivot
+        return SPDResult(torch.full_like(M, torch.nan), ok)
+    # The result is symmetric and stored by columns: its transpose is the same matrix stored by rows.
+    return SPDResult(torch.cholesky_inverse(L).mT.to(M.dtype), ok)
+
+
+def damped_cholesky(M: Float[Tensor, "*stack n n"], damping: float | Tensor = 0.0) -> SPDResult:
+    """The lower Cholesky factor of ``M + damping I``; in double precision where single precision was not enough.
+
+    Args:
+        M: symmetric positive semi-definite, or a stack of such matrices; ``ok`` then speaks for all of them.
+        damping: as for :func:`spd_inverse`.
+
+    Returns:
+        (L, ok); L is in float64 where it had to be. Where ``ok`` is False, L means nothing.
+    """
     if isinstance(damping, Tensor) and damping.ndim:
         damping = damping[..., None]
     damped = M.clone()
@@ -83,12 +102,7 @@ def spd_inverse(
         damped.diagonal(dim1=-2, dim2=-1).add_(damping)
         L, info = torch.linalg.cholesky_ex(damped)
         ok = _factorised(L, info)
-    if check and not (ok and _well_conditioned(L)):
-        raise ValueError(_not_definite(M, what, damping))
-    if not ok:  # cholesky_inverse raises on a zero pivot
-        return SPDResult(torch.full_like(M, torch.nan), ok)
-    # The result is symmetric and stored by columns: its transpose is the same matrix stored by rows.
-    return SPDResult(torch.cholesky_inverse(L).mT.to(M.dtype), ok)
+    return SPDResult(L, ok)
 
 
 def safe_eigh(M: Float[Tensor, "*stack n n"], *, check: bool = False, what: str = "the matrix") -> EighResult:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.base import Factors
-from natgrad.curvature.block_inverse import BlockInverse, FactoredInverse, LowRankInverse
+from natgrad.curvature.block_inverse import BlockInverse, FactoredInverse, LowRankInverse, SolvedInverse
 from natgrad.curvature.inverse import Eigenbasis, ExactInverse, eigenbasis, invert_block
 from natgrad.curvature.running import RunningFactors
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
@@ -33,7 +33,7 @@ class LayerInverses:
     def __init__(self, form: Tikhonov) -> None:
         self.form = form
         self.failures = 0
-        self._kept: dict[str, Eigenbasis | FactoredInverse | LowRankInverse] = {}
+        self._kept: dict[str, Eigenbasis | FactoredInverse | LowRankInverse | SolvedInverse] = {}
         self._exact: dict[str, tuple[float, ExactInverse]] = {}
 
     @property
@@ -94,12 +94,16 @@ class LayerInverses:
             else:
                 previous = None if isinstance(kept, Eigenbasis) else kept
                 new = invert_block(block, damping, self.form, previous=previous)
-            if bool(new.ok):
-                assert isinstance(new, Eigenbasis | FactoredInverse | LowRankInverse)  # for the type checker
-                self._kept[name] = new
-                self._exact.pop(name, None)
-            else:
-                self.failures += 1
+            assert isinstance(new, Eigenbasis | FactoredInverse | LowRankInverse)  # for the type checker
+            self._keep(name, new)
+
+    def _keep(self, name: str, new: Eigenbasis | FactoredInverse | LowRankInverse | SolvedInverse) -> None:
+        """Replace a layer's inverse, unless the new one failed."""
+        if bool(new.ok):
+            self._kept[name] = new
+            self._exact.pop(name, None)
+        else:
+            self.failures += 1
 
     def basis(self, name: str) -> Eigenbasis | None:
         """The eigenbasis of a layer that the exact form keeps, or None where there has been no good one yet."""

@@ -130,7 +130,9 @@ class Preconditioner:
         own_seed = (seed + collectives.rank() * _RANK_STRIDE) % 2**63
         self._generator = torch.Generator(device=self.view.device).manual_seed(own_seed)
         self._running = RunningFactors(decay)
-        self._inverses = inverses_for(structure, form_for(structure, form), self._coverage, alpha)
+        self._inverses = inverses_for(
+            structure, form_for(structure, form), self._coverage, alpha, once=periods.inverses == 1
+        )
         self._inputs_only = isinstance(self._inverses, InputInverses)
         self._unchecked = {n for n, block in self._coverage.blocks.items() if not isinstance(block.rule, BareRule)}
         # The diagonal of a bare parameter needs the gradient of every example: a backward pass of its own.

@@ -15,6 +15,7 @@ from natgrad.optim.inverses import LayerInverses, Tikhonov
 from natgrad.optim.low_rank_inverses import LowRankInverses
 from natgrad.optim.scaled_inverses import ScaledInverses
 from natgrad.optim.settings import Damping
+from natgrad.optim.single_use import SingleUseInverses
 from natgrad.optim.static import StaticInputs
 
 # Two products with a layer's whole gradient are half of an update at common batch sizes: low rank makes them cheap.
@@ -69,8 +70,18 @@ def form_for(structure: str, form: Tikhonov | None) -> Tikhonov:
     return form or (ExactTikhonov() if exact else FactoredTikhonov())
 
 
-def inverses_for(structure: str, form: Tikhonov, coverage: Coverage, alpha: float = 1.0) -> LayerInverses:
-    """Where the inverses are kept."""
+def inverses_for(
+    structure: str, form: Tikhonov, coverage: Coverage, alpha: float = 1.0, *, once: bool = False
+) -> LayerInverses:
+    """Where the inverses are kept.
+
+    Args:
+        structure: of the curvature.
+        form: how damping enters.
+        coverage: the layers.
+        alpha: of the input covariance.
+        once: whether every inverse is used for one step.
+    """
     if structure == "ekfac":
         return ScaledInverses([name for name, b in coverage.blocks.items() if isinstance(b.rule, DiagonalRule)])
     if structure == "input_covariance":
@@ -80,6 +91,8 @@ def inverses_for(structure: str, form: Tikhonov, coverage: Coverage, alpha: floa
         return ChainInverses(form, sizes)
     if isinstance(form, FactoredTikhonov) and isinstance(form.solver, LowRank):
         return LowRankInverses(form)
+    if once and structure == "block_diagonal" and isinstance(form, FactoredTikhonov) and form.solver is None:
+        return SingleUseInverses(form)
     return LayerInverses(form)
 
 
