@@ -9,7 +9,8 @@ from torch import Tensor
 
 import natgrad as ng
 from natgrad.curvature.base import Factors
-from natgrad.curvature.edges import CoupledInverse, canonical, carriers, invert_chain
+from natgrad.curvature.cores import CoupledInverse, carriers, invert_chain
+from natgrad.curvature.edges import canonical
 from natgrad.curvature.pairs import pair_key
 
 
@@ -58,7 +59,7 @@ def test_an_edge_applies_the_inverse_of_its_smaller_layer_along(widths: list[int
     _, order, factors = estimated(net, x)
     inverse = invert_chain(order, factors, 0.05, ng.FactoredTikhonov())
     V = {n: draw(*(len(factors[n].G), len(factors[n].A)), seed=i) for i, n in enumerate(order)}
-    expected, carried = applied(inverse, order, V), carriers(order, inverse.edges)
+    expected, carried = applied(inverse, order, V), carriers(order, inverse.blocks, inverse.edges)
     U = {n: inverse.blocks[n].apply(V[n]).neg() if n not in carried else torch.zeros_like(V[n]) for n in order}
     for pair in zip(order[:-1], order[1:], strict=True):
         edge = inverse.edges[pair_key(*pair)]
@@ -72,7 +73,7 @@ def test_layers_of_an_autoencoder_that_an_edge_carries() -> None:
     net, x = Net([8, 6, 4, 2, 4, 6, 8]), draw(9, 8)
     _, order, factors = estimated(net, x)
     inverse = invert_chain(order, factors, 0.05, ng.FactoredTikhonov())
-    found = carriers(order, inverse.edges)
+    found = carriers(order, inverse.blocks, inverse.edges)
     expected = {order[1]: order[:2], order[2]: order[1:3], order[3]: order[3:5], order[4]: order[4:6]}
     assert found == {name: pair_key(*pair) for name, pair in expected.items()}
 

@@ -173,7 +173,7 @@ def test_minus_the_product_is_written_to_a_buffer(A: str, G: str) -> None:
     assert torch.equal(V, before)
 
 
-def test_only_wide_layers_of_the_block_diagonal_structure_take_low_rank_by_default() -> None:
+def test_only_wide_layers_take_low_rank_by_default() -> None:
     model = nn.Sequential(nn.Linear(260, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 256)).double()
     opt = ng.KFAC(model, ng.Gaussian())
     assert opt.damping.form == ng.FactoredTikhonov(solver=LowRank(128))
@@ -184,6 +184,7 @@ def test_only_wide_layers_of_the_block_diagonal_structure_take_low_rank_by_defau
     )
     assert isinstance(narrow, FactoredInverse) and isinstance(last, FactoredInverse) and last.G.ndim == 1
     plain = ng.FactoredTikhonov()
-    assert ng.KFAC(model, ng.Gaussian(), structure="block_tridiagonal").damping.form == plain
+    tridiagonal = ng.KFAC(model, ng.Gaussian(), structure="block_tridiagonal").damping.form
+    assert tridiagonal == ng.FactoredTikhonov(solver=LowRank(192))
     assert ng.KFAC(model, ng.Gaussian(), damping=Damping(form=plain)).damping.form == plain
     assert ng.KFAC.paper(model, ng.Gaussian()).damping.form == plain

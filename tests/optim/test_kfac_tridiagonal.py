@@ -192,11 +192,14 @@ def _train(opt: ng.KFAC, first: int, last: int) -> list[float]:
     return [opt.step(*_batch(k)).item() for k in range(first, last)]
 
 
+@pytest.mark.parametrize("rank", [None, 2], ids=["whole", "rank 2"])
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("at", [0, 6])
-def test_resuming_equals_an_uninterrupted_run(shuffled: bool, at: int) -> None:
+def test_resuming_equals_an_uninterrupted_run(shuffled: bool, at: int, rank: int | None) -> None:
     model = _model(shuffled)
-    opt = _optimizer(model)
+    form = ng.FactoredTikhonov(solver=None if rank is None else ng.linalg.LowRank(rank))
+    damping = Damping(form=form, gamma=GreedyGamma(every=4))
+    opt = _optimizer(model, damping=damping)
     _train(opt, 0, at)
     weights, buffer = copy.deepcopy(model.state_dict()), io.BytesIO()
     torch.save(opt.state_dict(), buffer)
@@ -204,7 +207,7 @@ def test_resuming_equals_an_uninterrupted_run(shuffled: bool, at: int) -> None:
     losses = _train(opt, at, at + 9)
     again = _model(shuffled)
     again.load_state_dict(weights)
-    resumed = _optimizer(again)
+    resumed = _optimizer(again, damping=damping)
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     assert _train(resumed, at, at + 9) == losses
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
@@ -256,7 +259,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         ng.KFAC(model, likelihood, structure=TRIDIAGONAL, static_inputs=x)
     with pytest.raises(ValueError, match="FactoredTikhonov"):
         ng.KFAC(model, likelihood, structure=TRIDIAGONAL, damping=Damping(form=ExactTikhonov()))
-    with pytest.raises(ValueError, match="by Cholesky; leave solver out"):
+    with pytest.raises(ValueError, match="by Cholesky or as LowRank"):
         form = ng.FactoredTikhonov(solver=ng.linalg.NewtonSchulz())
         ng.KFAC(model, likelihood, structure=TRIDIAGONAL, damping=Damping(form=form))
     with pytest.raises(ValueError, match="KFAC knows 'block_diagonal', 'block_tridiagonal'"):

@@ -1,7 +1,7 @@
 """The inverse of one damped block as its factors: whole, or of low rank plus a diagonal."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,6 +25,15 @@ class BlockInverse(Protocol):
 
     def to_dense(self) -> Float[Tensor, "size size"]:
         """The matrix that acts on the stacked columns of V."""
+        ...
+
+
+@runtime_checkable
+class WritesNegative(Protocol):
+    """An inverse that can write its negative product where it is wanted."""
+
+    def write_negative(self, V: Tensor, into: Tensor) -> None:
+        """Minus the inverse times vec(V), written to a buffer shaped like V."""
         ...
 
 

@@ -12,18 +12,13 @@ layers has. They come from the eigenvectors of [KFAC, app. B], of the smaller si
 than the inverse that F̆ needs anyway.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from natgrad.curvature.base import Factors, to_dense
-from natgrad.curvature.block_inverse import FactoredInverse
-from natgrad.curvature.inverse import invert_block
-from natgrad.curvature.pairs import pair_key
-from natgrad.damping import FactoredTikhonov
 from natgrad.linalg.stein import pair_eigh
 
 
@@ -78,7 +73,8 @@ class Edge:
     def whole(self) -> int | None:
         """0 for the lower layer, 1 for the upper one: the one that has fewer dimensions in both factors; else None.
 
-        Its coordinates span everything, ``Y Yᵀ = A_{i+1}^{-1}``: its own inverse is the unit matrix in them.
+        Its coordinates span everything, ``Y Yᵀ = A_{i+1}^{-1}``: its own inverse is the unit matrix in them. (Where
+        the layer has a core, see :mod:`natgrad.curvature.cores`, that is said of the core alone.)
         """
         if self.A.whitens_lower != self.G.whitens_lower:
             return None
@@ -101,88 +97,29 @@ class Edge:
         _subtract_product(self.G.Y, (of_upper * Q).addcmul_(self.weight, P, value=-1), self.A.Y, into[1])
 
 
-def carriers(order: Sequence[str], edges: Mapping[str, Edge]) -> dict[str, str]:
-    """By layer, the key of the first edge that can apply the layer's own inverse along (:attr:`Edge.whole`)."""
-    found: dict[str, str] = {}
-    for pair in zip(order[:-1], order[1:], strict=True):
-        edge = edges.get(pair_key(*pair))
-        if edge is not None and edge.whole is not None and pair[edge.whole] not in found:
-            found[pair[edge.whole]] = pair_key(*pair)
-    return found
-
-
-@dataclass(frozen=True)
-class CoupledInverse:
-    """``F̂^{-1}`` of damped factors; never changes.
-
-    Args:
-        blocks: of F̆, by layer name.
-        edges: by the key of the pair.
-        ok: whether it can be used.
-    """
-
-    blocks: dict[str, FactoredInverse]
-    edges: dict[str, Edge]
-    ok: Bool[Tensor, ""]
-
-
-def invert_chain(
-    order: Sequence[str], factors: Mapping[str, Factors], damping: float | Tensor, rule: FactoredTikhonov
-) -> CoupledInverse:
-    """F̂^{-1} of the damped factors of a chain: a pure function.
-
-    Args:
-        order: the layers, in forward order.
-        factors: of the layers, and of neighbours by :func:`~natgrad.curvature.pairs.pair_key`.
-        damping: γ².
-        rule: how it enters.
-    """
-    blocks: dict[str, FactoredInverse] = {}
-    damped: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in order:
-        full = Factors(to_dense(factors[name].A), to_dense(factors[name].G))
-        inverse = invert_block(full, damping, rule)
-        assert isinstance(inverse, FactoredInverse)  # for the type checker
-        blocks[name] = inverse
-        of_a, of_g = rule.split(to_dense(full.A), to_dense(full.G), damping)
-        damped[name] = _plus_diagonal(to_dense(full.A), of_a), _plus_diagonal(to_dense(full.G), of_g)
-    ok = torch.stack([block.ok for block in blocks.values()]).all()
-    edges: dict[str, Edge] = {}
-    if ok:
-        for lower, upper in zip(order[:-1], order[1:], strict=True):
-            cross = factors[pair_key(lower, upper)]
-            A, ok_a = canonical(damped[lower][0], to_dense(cross.A), damped[upper][0], blocks[lower].A, blocks[upper].A)
-            G, ok_g = canonical(damped[lower][1], to_dense(cross.G), damped[upper][1], blocks[lower].G, blocks[upper].G)
-            edges[pair_key(lower, upper)] = Edge(A, G)
-            ok = ok & ok_a & ok_g
-    return CoupledInverse(blocks, edges, ok)
-
-
 def canonical(
-    lower: Tensor, cross: Tensor, upper: Tensor, lower_inverse: Tensor, upper_inverse: Tensor
+    lower: Tensor | float,
+    cross: Tensor,
+    upper: Tensor | float,
+    lower_inverse: Tensor | None,
+    upper_inverse: Tensor | None,
 ) -> tuple[Canonical, Bool[Tensor, ""]]:
     """Canonical coordinates of one factor, and whether they can be used.
 
     Args:
-        lower: the damped A or G of the lower layer.
+        lower: the damped A or G of the lower layer; 1.0 where its coordinates are white already.
         cross: that of the pair.
-        upper: the damped one of the upper layer.
-        lower_inverse: of ``lower``.
-        upper_inverse: of ``upper``.
+        upper: the damped one of the upper layer; likewise.
+        lower_inverse: of ``lower``; None for the unit matrix.
+        upper_inverse: of ``upper``; likewise.
     """
-    if lower.shape[0] < upper.shape[0]:
+    if cross.shape[0] < cross.shape[1]:
         turned, ok = canonical(upper, cross.mT, lower, upper_inverse, lower_inverse)
         return Canonical(turned.Y, turned.X, turned.squares), ok
-    regression = lower_inverse @ cross
+    regression = cross if lower_inverse is None else lower_inverse @ cross
     Y, squares, ok = pair_eigh(upper, cross.mT @ regression)
     Y = Y.contiguous()
     return Canonical(regression @ Y, Y, squares.clamp(min=0)), ok
-
-
-def _plus_diagonal(M: Tensor, damping: Tensor) -> Tensor:
-    M = M.clone()
-    M.diagonal().add_(damping)
-    return M
 
 
 def _coordinates(left: Tensor, V: Tensor, right: Tensor) -> Tensor:

@@ -3,7 +3,9 @@ r"""A symmetric matrix as low rank plus a diagonal, and its damped inverse in th
 ``M ≈ U S Uᵀ + diag(d)`` with the leading eigenvectors U, found by subspace iteration from those of the matrix before,
 and d what they leave on the diagonal. With ``D = d + damping`` (Woodbury)
 
-.. math:: (U S U^T + D)^{-1} = D^{-1} - W W^T, \qquad W = D^{-1} U L^{-T}, \quad L L^T = S^{-1} + U^T D^{-1} U.
+.. math:: (U S U^T + D)^{-1} = D^{-1} - W W^T, \qquad W = D^{-1} U L^{-T} E (t^{-1} + I)^{-1/2},
+
+where ``L Lᵀ = Uᵀ D^{-1} U`` and ``Lᵀ S L = E diag(t) Eᵀ``: the coordinates in which both parts are diagonal.
 """
 
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from natgrad.linalg.spd import safe_eigh
 
 
 @dataclass(frozen=True)
@@ -71,15 +75,45 @@ class LowRank:
             damping: the coefficient of the identity; positive.
             start: that of an earlier M, whose subspace is the first guess.
         """
-        U, values = leading_subspace(M, self.rank, self.steps, None if start is None else start.W / start.d[:, None])
-        rest = (M.diagonal() - (U.square() * values).sum(1)).clamp_(min=0)
+        leading = self.leading(M, damping, start)
+        return leading.inverse, leading.ok
+
+    def leading(
+        self, M: Float[Tensor, "n n"], damping: float | Tensor, start: DiagonalMinusLowRank | None = None
+    ) -> "LeadingPart":
+        """As :meth:`inverse`, with the coordinates in which the low-rank part is diagonal."""
+        Q = _subspace(M, self.rank, self.steps, None if start is None else start.W / start.d[:, None])
+        small = Q.T @ (M @ Q)
+        small = 0.5 * (small + small.T)
+        rest = (M.diagonal() - (Q @ small).mul_(Q).sum(1)).clamp_(min=0)
         d = (rest + damping).reciprocal()
-        core = (U.T * d) @ U
-        core.diagonal().add_(values.clamp(min=torch.finfo(M.dtype).tiny).reciprocal())
-        L, info = torch.linalg.cholesky_ex(core)
-        W = torch.linalg.solve_triangular(L, (d[:, None] * U).T, upper=False).T.contiguous()
-        ok = (info == 0) & torch.isfinite(W).all() & torch.isfinite(d).all() & (d > 0).all()
-        return DiagonalMinusLowRank(d, W), ok
+        gram = (Q.T * d) @ Q
+        L, info = torch.linalg.cholesky_ex(gram)
+        t, E, found = safe_eigh(L.T @ small @ L)
+        t = t.clamp(min=torch.finfo(M.dtype).eps)
+        turned = torch.linalg.solve_triangular(L.T, E, upper=True) * (1 + t).rsqrt()
+        W = (d[:, None] * Q) @ (turned * t.sqrt())
+        ok = (info == 0) & found & torch.isfinite(W).all() & torch.isfinite(d).all() & (d > 0).all()
+        return LeadingPart(DiagonalMinusLowRank(d, W), t, Q @ (gram @ turned), ok)
+
+
+@dataclass(frozen=True)
+class LeadingPart:
+    r"""The low-rank part of ``M' = U S Uᵀ + diag(d)^{-1}`` in coordinates that whiten M', ``B = W diag(t)^{-1/2}``.
+
+    ``Bᵀ M' B = I`` and ``M'^{-1} = diag(d) − B diag(t) Bᵀ``.
+
+    Attributes:
+        inverse: ``M'^{-1}``.
+        t: positive.
+        within: ``U Uᵀ B``, B's part in the leading subspace itself.
+        ok: whether all of it can be used.
+    """
+
+    inverse: DiagonalMinusLowRank
+    t: Float[Tensor, " rank"]
+    within: Float[Tensor, "n rank"]
+    ok: Bool[Tensor, ""]
 
 
 def leading_subspace(
@@ -93,13 +127,20 @@ def leading_subspace(
         steps: products of M with the subspace; two more without a start.
         start: a basis of the first guess; by default the columns of M with the largest diagonal entries.
     """
-    if start is None or start.shape[1] != rank or not bool(torch.isfinite(start).all()):
-        start, steps = M[:, M.diagonal().topk(rank).indices], steps + 2
-    Q = torch.linalg.qr(start).Q
-    for _ in range(steps):
-        Q = torch.linalg.qr(M @ Q).Q
+    Q = _subspace(M, rank, steps, start)
     small = Q.T @ (M @ Q)
     if not bool(torch.isfinite(small).all()):  # eigh would raise
         return torch.full_like(Q, torch.nan), torch.full_like(small[0], torch.nan)
     values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
     return Q @ vectors, values.clamp(min=0)
+
+
+def _subspace(
+    M: Float[Tensor, "n n"], rank: int, steps: int, start: Float[Tensor, "n rank"] | None
+) -> Float[Tensor, "n rank"]:
+    """Orthonormal columns that span about what the leading eigenvectors span."""
+    if start is None or start.shape[1] != rank or not bool(torch.isfinite(start).all()):
+        start, steps = M[:, M.diagonal().topk(rank).indices], steps + 2
+    for _ in range(steps):
+        start = torch.linalg.qr(M @ start).Q
+    return start

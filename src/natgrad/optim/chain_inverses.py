@@ -7,39 +7,46 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.base import Factors
-from natgrad.curvature.block_inverse import BlockInverse, FactoredInverse
-from natgrad.curvature.edges import Canonical, Edge, carriers, invert_chain
+from natgrad.curvature.block_inverse import BlockInverse, FactoredInverse, LowRankInverse
+from natgrad.curvature.cores import ChainBlock, Started, carriers, invert_chain
+from natgrad.curvature.edges import Canonical, Edge
 from natgrad.curvature.pairs import pair_key
 from natgrad.damping import FactoredTikhonov
 from natgrad.layers.capture import Record
-from natgrad.optim.inverses import LayerInverses
+from natgrad.optim.low_rank_inverses import LowRankInverses
 
 
 class Elsewhere:
-    """The inverse of a layer that an edge applies along with its correction: nothing is left to do.
+    """The inverse of a layer that :meth:`ChainInverses.couple` applies: nothing is left to do.
 
     Args:
         inverse: that one.
+        clear: whether the proposal must be zero before; it is overwritten otherwise.
     """
 
-    def __init__(self, inverse: FactoredInverse) -> None:
+    def __init__(self, inverse: ChainBlock, *, clear: bool) -> None:
         self.ok = inverse.ok
-        self._inverse = inverse
+        self._inverse, self._clear = inverse, clear
 
     def apply(self, V: Tensor) -> Tensor:
         """Zeros."""
         return torch.zeros_like(V)
+
+    def write_negative(self, V: Tensor, into: Tensor) -> None:
+        """Zeros, written to a buffer where they matter."""
+        if self._clear:
+            into.zero_()
 
     def to_dense(self) -> Tensor:
         """Zeros."""
         return torch.zeros_like(self._inverse.to_dense())
 
 
-class ChainInverses(LayerInverses):
+class ChainInverses(LowRankInverses):
     """The last good ``F̂^{-1}``: an inverse per layer and a correction per pair of neighbours.
 
     Args:
-        form: how damping enters.
+        form: how damping enters, and which factors are taken as low rank plus a diagonal.
         sizes: (out, columns) of every layer by name. Until a forward pass has shown it, their order is taken for that
             of the chain.
 
@@ -69,11 +76,11 @@ class ChainInverses(LayerInverses):
 
     def refresh(self, factors: Mapping[str, Factors], damping: float | Tensor) -> None:
         """Decompose anew; where anything fails all inverses stay: old and new ones do not belong together."""
-        new = invert_chain(self.names, factors, damping, self.rule)
+        new = invert_chain(self.names, factors, damping, self.rule, previous=self._kept)
         if bool(new.ok):
             self._kept, self._edges = {}, new.edges
-            self._carried = carriers(self.names, self._edges)
             self._kept.update(new.blocks)
+            self._carried = carriers(self.names, self._kept, self._edges)
             counts = [edge.clipped for edge in new.edges.values()]
             self.clipped = torch.stack(counts).sum() if counts else 0
         else:
@@ -82,8 +89,8 @@ class ChainInverses(LayerInverses):
     def at(self, name: str, damping: float | Tensor) -> BlockInverse | None:
         """As in the base class; of a layer whose inverse :meth:`couple` applies along, none of it."""
         kept = self._kept.get(name)
-        if isinstance(kept, FactoredInverse) and name in self._carried:
-            return Elsewhere(kept)
+        if isinstance(kept, LowRankInverse) or (isinstance(kept, FactoredInverse) and name in self._carried):
+            return Elsewhere(kept, clear=isinstance(kept, FactoredInverse))
         return kept if isinstance(kept, FactoredInverse) else None
 
     def couple(self, gradients: Mapping[str, Tensor], proposals: Mapping[str, Tensor]) -> None:
@@ -93,22 +100,32 @@ class ChainInverses(LayerInverses):
             gradients: by layer name.
             proposals: likewise; changed in place.
         """
+        started = {
+            name: Started(kept, gradients[name], proposals[name])
+            for name, kept in self._kept.items()
+            if isinstance(kept, LowRankInverse)
+        }
+        cores = {name: started[name].core if name in started else gradients[name] for name in self.names}
+        added = {name: started[name].added if name in started else proposals[name] for name in self.names}
         for pair in zip(self.names[:-1], self.names[1:], strict=True):
             key = pair_key(*pair)
             edge = self._edges.get(key)
             if edge is not None:
                 whole = edge.whole is not None and self._carried.get(pair[edge.whole]) == key
-                edge.subtract([gradients[n] for n in pair], [proposals[n] for n in pair], whole=whole)
+                edge.subtract([cores[n] for n in pair], [added[n] for n in pair], whole=whole)
+        for layer in started.values():
+            layer.finish()
 
     def state(self, name: str, shapes: tuple[Sequence[int], Sequence[int]], like: Tensor) -> dict[str, Tensor]:
         """What a checkpoint needs of one layer, and of its pair with the next."""
         state = super().state(name, shapes, like)
         edge = self._edges.get(self.pairs.get(name, ""))
-        for key, (lower, upper) in self._pair_shapes(name).items():
+        for key, shape in self._pair_shapes(name).items():
             if edge is not None:
                 c: Canonical = getattr(edge, key)
                 state |= {f"edge_{key}_X": c.X, f"edge_{key}_Y": c.Y, f"edge_{key}_squares": c.squares}
             else:
+                lower, upper = (self.solver.rank if self._low((n, n)) else n for n in shape)  # of the cores
                 r = min(lower, upper)
                 state |= {f"edge_{key}_X": like.new_zeros(lower, r), f"edge_{key}_Y": like.new_zeros(upper, r)}
                 state[f"edge_{key}_squares"] = like.new_zeros(r)
@@ -124,7 +141,7 @@ class ChainInverses(LayerInverses):
         if name in self._kept:
             A, G = (Canonical(*(state[f"edge_{key}_{part}"].clone() for part in ("X", "Y", "squares"))) for key in "AG")
             self._edges[pair] = Edge(A, G)
-        self._carried = carriers(self.names, self._edges)
+        self._carried = carriers(self.names, self._kept, self._edges)
 
     def save_order(self) -> dict[str, Tensor]:
         """The chain's layers as numbers in the order of the modules."""

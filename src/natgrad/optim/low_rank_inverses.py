@@ -1,5 +1,6 @@
 """Inverses of factors as low rank plus a diagonal, each found from the one before it [KFAC, sec. 8]."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,7 @@ class LowRankInverses(LayerInverses):
 
     def __init__(self, form: FactoredTikhonov) -> None:
         super().__init__(form)
-        assert isinstance(form.solver, LowRank)
-        self.solver = form.solver
+        self.solver = form.solver if isinstance(form.solver, LowRank) else LowRank(sys.maxsize)
 
     def state(self, name: str, shapes: tuple[Sequence[int], Sequence[int]], like: Tensor) -> dict[str, Tensor]:
         """As :meth:`LayerInverses.state`; a factor of low rank is kept as a diagonal and a matrix of that rank."""

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from natgrad.curvature.base import Diagonal, Factors, diagonal
-from natgrad.curvature.block_inverse import FactoredInverse, LowRankInverse
+from natgrad.curvature.block_inverse import FactoredInverse, WritesNegative
 from natgrad.curvature.gram import Gram
 from natgrad.curvature.running import RunningFactors, mean_eigenvalue
 from natgrad.damping import ExactTikhonov
@@ -90,7 +90,7 @@ class Proposals:
                 product = low_rank_apply(block, rows, evaluation.count)
                 if self.l2:
                     product.add_(block.apply(self.layout.joint(name)), alpha=self.l2)
-            elif isinstance(block, FactoredInverse | LowRankInverse):
+            elif isinstance(block, WritesNegative):
                 block.write_negative(gradient, proposal[name])
                 continue
             else:

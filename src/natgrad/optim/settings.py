@@ -27,7 +27,8 @@ class Damping:
         value: λ at the first update (without η). None: ``start`` times the mean eigenvalue of F̆ on the first batch.
         form: how damping enters the inverse of a block, and how it is inverted. None leaves it to the structure: exact
             Tikhonov for EKFAC, else factored; the block-diagonal one inverts factors of 256 rows and more as
-            ``LowRank(128)`` (``docs/decisions``, 0005). ``FactoredTikhonov()`` inverts all of them as they are.
+            ``LowRank(128)``, the block-tridiagonal one those of 384 and more as ``LowRank(192)`` (``docs/decisions``,
+            0005 and 0006). ``FactoredTikhonov()`` inverts all of them as they are.
         rule: the λ rule, or None to keep λ.
         gamma: the γ rule, or None for ``γ = ratio √(λ + η)`` at every update.
         ratio: of γ and √(λ + η) where no rule moves γ. M has the exact F and needs little damping, its block-diagonal

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from natgrad.curvature.tridiagonal import refuse_solver
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 from natgrad.layers.coverage import Coverage
 from natgrad.layers.rules import DiagonalRule
+from natgrad.linalg.iterative import NewtonSchulz
 from natgrad.linalg.low_rank import LowRank
 from natgrad.optim.chain_inverses import ChainInverses
 from natgrad.optim.input_inverses import InputInverses
@@ -21,6 +21,7 @@ from natgrad.optim.static import StaticInputs
 # Two products with a layer's whole gradient are half of an update at common batch sizes: low rank makes them cheap.
 _FORMS: dict[str, Tikhonov] = {
     "block_diagonal": FactoredTikhonov(solver=LowRank(128)),
+    "block_tridiagonal": FactoredTikhonov(solver=LowRank(192)),
     "ekfac": ExactTikhonov(),
 }
 
@@ -49,8 +50,12 @@ def damping_for(structure: str, damping: float | Damping | None) -> Damping:
             f"damping.form={given.form}: structure='block_tridiagonal' has FactoredTikhonov() alone [KFAC, sec. 6.3]; "
             "leave form out"
         )
-    if structure == "block_tridiagonal" and isinstance(given.form, FactoredTikhonov):
-        refuse_solver(given.form)
+    solver = given.form.solver if isinstance(given.form, FactoredTikhonov) else None
+    if structure == "block_tridiagonal" and isinstance(solver, NewtonSchulz):
+        raise ValueError(
+            f"damping.form={given.form}: structure='block_tridiagonal' inverts its factors by Cholesky "
+            "or as LowRank(...); leave solver out, or pass one"
+        )
     if structure != "ekfac":
         return given
     if isinstance(given.form, FactoredTikhonov) and given.form != FactoredTikhonov():
