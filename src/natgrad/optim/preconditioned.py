@@ -8,6 +8,7 @@ from torch import Tensor
 
 from natgrad.optim import preconditioner_state
 from natgrad.optim.preconditioner import Preconditioner
+from natgrad.optim.undoable import all_finite, reads_for_free, step_where
 
 _PREFIX = "natgrad."
 
@@ -18,7 +19,10 @@ class Preconditioned(torch.optim.Optimizer):
     The loop (Lightning, Accelerate, Trainer, a ``GradScaler``, any ``lr_scheduler``) sees an ordinary optimiser, whose
     ``param_groups`` and ``state`` are those of the inner one. :meth:`Preconditioner.observe` is still called where the
     loss is computed. A step whose gradient holds NaN or infinite values is left out and counted (:attr:`skipped`):
-    neither parameters nor the state of the inner optimiser change.
+    neither parameters nor the state of the inner optimiser change. On an accelerator nothing waits for that: such a
+    step is undone on the device, from copies of the parameters and of their state, or by the inner optimiser itself
+    where it is ``fused=True`` (Adam's number of steps, which torch keeps in the host's memory otherwise, counts it
+    then, and so do the periods of the preconditioner).
 
     Args:
         inner: any ``torch.optim`` optimiser of the model's parameters.
@@ -43,8 +47,13 @@ class Preconditioned(torch.optim.Optimizer):
                         "same model's parameters() (after moving or compiling the model), or freeze that layer"
                     )
         self.inner, self.pre = inner, pre
-        self.skipped = 0
+        self._skipped = torch.zeros((), dtype=torch.int64, device=pre.view.device)
         super().__init__(inner.param_groups, inner.defaults)
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were left out; reading it waits for the device."""
+        return int(self._skipped)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -90,15 +99,21 @@ class Preconditioned(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._finite():
-            self.skipped += 1
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        usable = all_finite(gradients, self._skipped.device)
+        waits = not reads_for_free(usable)
+        self._skipped = self._skipped + ~usable
+        if not waits and not usable:
             self.pre.skip()
             return loss
         # Distributed checkpointing makes a step with every lr 0 before training, so that the inner state exists.
         if self.pre.observed or any(group["lr"] != 0 for group in self.param_groups):
-            self.pre.step()
+            self.pre.step(usable)
         if closure is None:
-            self.inner.step()
+            if waits:
+                step_where(usable, self.inner)
+            else:
+                self.inner.step()
             return None
         pending = [loss]  # the first evaluation is the one above
 
@@ -110,7 +125,7 @@ class Preconditioned(torch.optim.Optimizer):
             self.pre.precondition()
             return value
 
-        return self.inner.step(evaluate)
+        return step_where(usable, self.inner, evaluate) if waits else self.inner.step(evaluate)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimiser's, with the preconditioner's in it.
@@ -149,7 +164,7 @@ class Preconditioned(torch.optim.Optimizer):
         preconditioner_state.check(self.pre, own)
         self.inner.load_state_dict(packed)  # checks before it changes anything
         self.pre.load_state_dict(own)
-        self.skipped = int(skipped)
+        self._skipped.fill_(int(skipped))
 
     def _separated(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The preconditioner's state and the inner optimiser's."""
@@ -187,13 +202,6 @@ class Preconditioned(torch.optim.Optimizer):
         coverage, parameters = self.pre.coverage(), self.pre.view.parameters
         first = {name: next(m for m in members if m is not None) for name, members in coverage.members.items()}
         return {name: id(parameters[member]) for name, member in first.items()}
-
-    def _finite(self) -> bool:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:
-            return True
-        norms = torch._foreach_norm([g.to_dense() if g.is_sparse else g for g in gradients], float("inf"))
-        return bool(torch.isfinite(torch.stack([norm.to(norms[0].device).float() for norm in norms])).all())
 
 
 def _split(state: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from natgrad.curvature.base import factors_from
@@ -28,7 +28,7 @@ from natgrad.optim.inverses import Tikhonov
 from natgrad.optim.preconditioner_checks import Unchanged, check_output, refuse_shards, refuse_transforms
 from natgrad.optim.preconditioner_gradients import Proposal, gradient_of, outside_autocast, replace_gradients
 from natgrad.optim.preconditioner_settings import DEFAULT_DAMPING, damping_by_layer, layers_by_damping, uniform
-from natgrad.optim.preconditioner_statistics import Pending
+from natgrad.optim.preconditioner_statistics import Pending, report
 from natgrad.optim.scaling import KLClip, Scaling, Unscaled
 from natgrad.optim.settings import Periods, Renewal
 from natgrad.optim.stats import Stats
@@ -249,13 +249,16 @@ class Preconditioner:
         return self.periods.rows if isinstance(self.periods, Renewal) else 1.0
 
     @outside_autocast
-    def step(self) -> None:
+    def step(self, usable: Bool[Tensor, ""] | None = None) -> None:
         """Replace the gradients of the covered layers by preconditioned ones, in place.
 
         Parameters without a gradient are passed over, gradients of other parameters left alone. A layer has no inverse
         as long as no estimate was finite: then its gradient stays what it is (``stats["bare"]``). Where a gradient is
         not finite, all stay what they are (``stats["nonfinite"]``). In a process group the statistics of all ranks add
         up, so that every rank has the same inverses.
+
+        Args:
+            usable: False, on the device, leaves out what was observed since the last step and counts it as skipped.
 
         Raises:
             RuntimeError: nothing was ever observed, no covered parameter has a gradient, or only some ranks of the
@@ -269,9 +272,10 @@ class Preconditioner:
         if all(p.grad is None for block in self._coverage.blocks.values() for p in block.parameters.values()):
             raise RuntimeError("no covered parameter has a gradient: call loss.backward() ahead of step()")
         statistics = self._pending.take(self.view.device, self._steps + 1) if self.due else None
+        taken = torch.ones((), dtype=torch.bool, device=self._skipped.device) if usable is None else usable
         if statistics is not None:
-            usable = torch.ones((), dtype=torch.bool, device=self._skipped.device)
-            self._skipped = self._skipped + ~self._inverses.observe(factors_from(statistics), self._running, usable)
+            taken = self._inverses.observe(factors_from(statistics), self._running, taken)
+        self._skipped = self._skipped + ~taken
         self._steps += 1
         if self._running.factors:
             self._renew()
@@ -318,18 +322,7 @@ class Preconditioner:
             scales, finite = replace_gradients(proposals, scaling)
             nu = scales.mean()
             self._nonfinite = self._nonfinite + ~finite
-        self.stats = Stats(
-            {
-                "steps": self._steps,
-                "damping": self.damping,
-                "nu": nu,
-                "skipped": self._skipped,
-                "nonfinite": self._nonfinite,
-                "missed": self._pending.missed,
-                "failed_inverses": self._inverses.failures,
-                "bare": bare,
-            }
-        )
+        self.stats = report(self, nu, bare)
 
     def state_dict(self) -> dict[str, Any]:
         """Averages, inverses, counters and the random stream: tensors and plain numbers, keyed by clean layer names.

@@ -1,12 +1,18 @@
-"""What a `Preconditioner` observed since its last step: micro-batches add up, then ranks."""
+"""What a `Preconditioner` observed since its last step: micro-batches add up, then ranks; and what it reports."""
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from natgrad.curvature.base import Statistics
 from natgrad.curvature.loss_statistics import LossStatistics
 from natgrad.distributed import collectives
+from natgrad.optim.stats import Stats
+
+if TYPE_CHECKING:
+    from natgrad.optim.preconditioner import Preconditioner
 
 
 class Pending:
@@ -94,3 +100,25 @@ def over_ranks(own: Statistics | None, device: torch.device) -> Statistics | Non
     if own is None:
         return None
     return Statistics.from_state({**collectives.summed(state, device), "additive": additive})
+
+
+def report(pre: "Preconditioner", nu: Tensor | float, bare: int) -> Stats:
+    """The numbers of a step, tensors as such.
+
+    Args:
+        pre: that made it.
+        nu: the mean scale of its layers.
+        bare: how many layers have no inverse.
+    """
+    return Stats(
+        {
+            "steps": pre._steps,
+            "damping": pre.damping,
+            "nu": nu,
+            "skipped": pre._skipped,
+            "nonfinite": pre._nonfinite,
+            "missed": pre._pending.missed,
+            "failed_inverses": pre._inverses.failures,
+            "bare": bare,
+        }
+    )
