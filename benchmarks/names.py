@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "chain-setup": (),
     "layer-cost": (),
     "competitors": (),
+    "races": ("transformer", "cnn"),
     "search": (),
     "sweep": (),
 }

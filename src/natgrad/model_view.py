@@ -249,14 +249,19 @@ class ModelView:
         return Replay(self.module)
 
     @contextlib.contextmanager
-    def curvature_pass(self) -> Iterator[None]:
+    def curvature_pass(self, *, once: bool = False) -> Iterator[None]:
         """Switches off what has no forward-mode or double-backward derivative, for the time of the block.
 
         Attention runs through PyTorch's mathematical backend, the fused encoder fast path is off, recurrent layers run
         without oneDNN, and compiled parts run eagerly (hooks fire, donated buffers stay). Everything is restored.
+
+        Args:
+            once: the graph is differentiated backwards alone, and its derivatives are not differentiated again:
+                attention may then be fused.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+            if not once:
+                stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
             fastpath = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
             stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)

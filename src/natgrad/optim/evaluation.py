@@ -240,7 +240,7 @@ class Evaluator:
             yield _Pass(*self._forward(x), x, y)
 
     def _forward(self, inputs: Any, *, graph: bool = True) -> tuple[Record, Tensor]:
-        with torch.set_grad_enabled(graph), self.view.curvature_pass(), self.capture.record() as record:
+        with torch.set_grad_enabled(graph), self.view.curvature_pass(once=True), self.capture.record() as record:
             return record, self.view(inputs)
 
     def _statistics(self, part: _Pass, known: dict[str, Tensor] | None, generator: torch.Generator) -> Statistics:

@@ -171,7 +171,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         loss: Tensor | None = None
         total: Tensor | None = None
         for inputs, targets in batches:
-            with torch.enable_grad(), self.view.curvature_pass(), self.capture.record() as record:
+            with torch.enable_grad(), self.view.curvature_pass(once=True), self.capture.record() as record:
                 z = self.view(inputs)
             if not self._checked:
                 check_captured(record, z)
