@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import natgrad as ng
 from benchmarks.race_tasks import RaceTask
+from natgrad.optim.settings import Periods, Subsets
 
 Step = Callable[[Tensor, Tensor], Any]
 
@@ -92,7 +93,7 @@ def preconditioned(
     inner = dict(inner)
     scalings: dict[str, Callable[..., Any]] = {"kl": ng.KLClip, "graft": ng.Grafting}
     scale = {} if scaling is None else {"scaling": scalings[scaling["kind"]](*scaling["arguments"])}
-    pre = ng.Preconditioner(model, task.likelihood, seed=seed, periods=ng.Renewal(**periods), **scale, **settings)
+    pre = ng.Preconditioner(model, task.likelihood, seed=seed, periods=Periods(**periods), **scale, **settings)
     return _loop(model, task, [_inner(model, inner.pop("name"), lr, **inner)], pre)
 
 
@@ -103,7 +104,6 @@ def eigen_adam(
     seed: int,
     periods: dict[str, Any],
     subsets: Sequence[float],
-    clip: float | None = None,
     **settings: Any,
 ) -> Racer:
     """natgrad's `EigenAdam`, which evaluates the model itself."""
@@ -112,9 +112,8 @@ def eigen_adam(
         task.likelihood,
         lr=lr,
         seed=seed,
-        periods=ng.optim.settings.Periods(**periods),
-        subsets=ng.optim.settings.Subsets(*subsets),
-        clip=None if clip is None else ng.KLClip(clip),
+        periods=Periods(**periods),
+        subsets=Subsets(*subsets),
         **settings,
     )
     return Racer(optimizer.step, optimizer.param_groups, lambda: [optimizer.state_dict()])
@@ -174,7 +173,7 @@ RENEWAL = {"inverses": 20, "statistics": 10, "rows": 0.25}
 
 def _entries(decay: float, coupled: float, inner: dict[str, Any]) -> dict[str, Entry]:
     decoupled = {"weight_decay": decay}
-    bases = {"periods": {"inverses": 10, "statistics": 5}, "subsets": [0.25, 0.25], "clip": 0.25}
+    bases = {"periods": {"inverses": 10, "statistics": 5, "early": [1, 3, 6]}, "subsets": [0.25, 0.25]}
     kfac = f"natgrad: Preconditioner, {'SGD' if inner['name'] == 'sgd' else 'AdamW'} inside"
     return {
         BASELINE: Entry("AdamW", adamw, 1e-2, decoupled),
