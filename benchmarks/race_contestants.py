@@ -93,7 +93,7 @@ def preconditioned(
     inner = dict(inner)
     scalings: dict[str, Callable[..., Any]] = {"kl": ng.KLClip, "graft": ng.Grafting}
     scale = {} if scaling is None else {"scaling": scalings[scaling["kind"]](*scaling["arguments"])}
-    pre = ng.Preconditioner(model, task.likelihood, seed=seed, periods=Periods(**periods), **scale, **settings)
+    pre = ng.Preconditioner(model, task.likelihood, seed=seed, periods=ng.Renewal(**periods), **scale, **settings)
     return _loop(model, task, [_inner(model, inner.pop("name"), lr, **inner)], pre)
 
 
