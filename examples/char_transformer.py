@@ -1,7 +1,7 @@
-"""A character transformer: AdamW, alone and with a preconditioner in front of it.
+"""A character transformer: AdamW, alone and with a preconditioner in front of it, and EigenAdam.
 
 The text is Tiny Shakespeare where the environment variable NATGRAD_DATA names a folder that holds
-tinyshakespeare/input.txt, else two poems below. The three calls that natgrad adds to the loop are marked.
+tinyshakespeare/input.txt, else two poems below. What natgrad adds to or changes in the loop is marked.
 
     python examples/char_transformer.py --out char-transformer.png
 """
@@ -18,7 +18,11 @@ from torch.nn import functional as F
 import natgrad as ng
 
 # Equally many for every method, a factor of about 3 apart; `--rates` takes the first ones.
-RATES = {"AdamW": (3e-2, 1e-2, 1e-1), "preconditioned AdamW": (3e-2, 1e-2, 1e-1)}
+RATES = {
+    "AdamW": (3e-2, 1e-2, 1e-1),
+    "preconditioned AdamW": (3e-2, 1e-2, 1e-1),
+    "EigenAdam": (3e-2, 1e-2, 1e-1),
+}
 
 POEMS = """\
 Shall I compare thee to a summer's day?
@@ -141,10 +145,13 @@ def train(
     """One run; the learning rate rises over the first twentieth and then falls to 0 as half a cosine."""
     model = make_model(len(text.characters), context, width, layers, seed)
     likelihood = ng.Categorical("element")  # the mean over all characters of the batch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     pre = None
     if method == "preconditioned AdamW":
         pre = ng.Preconditioner(model, likelihood, periods=ng.Renewal(inverses=50, statistics=10))  # natgrad
+    elif method == "EigenAdam":
+        rare = {"periods": ng.Periods(10, early=(1, 3, 6), statistics=5), "subsets": ng.Subsets(1 / 4, 1 / 4)}
+        optimizer = ng.EigenAdam(model, likelihood, lr=lr, weight_decay=0.1, width=64, **rare)  # natgrad
     warmup = max(1, steps // 20)
     rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warmup)
@@ -153,15 +160,18 @@ def train(
     run, clock = Run(method, lr), Clock()
     for step in range(1, steps + 1):
         x, y = text.windows(text.train, context, batch, generator)
-        optimizer.zero_grad()
-        z = model(x)
-        loss = likelihood.nll(z, y)
-        if pre is not None:
-            pre.observe(z)  # natgrad: curvature of this batch, when it is due
-        loss.backward()
-        if pre is not None:
-            pre.step()  # natgrad: gradients become preconditioned gradients
-        optimizer.step()
+        if isinstance(optimizer, ng.EigenAdam):
+            optimizer.step(x, y)  # natgrad: evaluates the model itself
+        else:
+            optimizer.zero_grad()
+            z = model(x)
+            loss = likelihood.nll(z, y)
+            if pre is not None:
+                pre.observe(z)  # natgrad: curvature of this batch, when it is due
+            loss.backward()
+            if pre is not None:
+                pre.step()  # natgrad: gradients become preconditioned gradients
+            optimizer.step()
         scheduler.step()
         if due(step, steps, evaluations):
             seconds = clock.pause()

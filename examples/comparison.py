@@ -108,7 +108,7 @@ def picture(path: Path, best: dict[str, Run], ylabel: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.0), layout="constrained", sharey=True)
-    for run, style in zip(best.values(), [":", "--", "-"][-len(best) :], strict=True):
+    for run, style in zip(best.values(), ["-.", ":", "--", "-"][-len(best) :], strict=True):
         label = f"{run.method}, lr {run.lr:g}: {run.score}"
         axes[0].plot(run.steps, run.losses, style, label=label)
         axes[1].plot(run.seconds, run.losses, style, label=label)

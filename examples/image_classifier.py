@@ -1,6 +1,6 @@
-"""A residual network on small images: momentum SGD, AdamW, and momentum SGD with a preconditioner in front of it.
+"""A residual network on small images: momentum SGD, alone and with a preconditioner in front of it, AdamW, EigenAdam.
 
-The loop is an ordinary one; the three calls that natgrad adds are marked. The images are a part of CIFAR-10 where the
+The loop is an ordinary one; what natgrad adds or changes is marked. The images are a part of CIFAR-10 where the
 environment variable NATGRAD_DATA names a folder that holds cifar10/cifar10_subset.npz, else the digits of scikit-learn.
 
     python examples/image_classifier.py --out image-classifier.png
@@ -21,8 +21,9 @@ import natgrad as ng
 # Equally many for every method, a factor of about 3 apart; `--rates` takes the first ones.
 RATES = {
     "SGD": (0.1, 0.03, 0.3, 0.01),
-    "AdamW": (3e-3, 1e-2, 1e-3, 3e-2),
+    "AdamW": (1e-2, 3e-3, 3e-2, 1e-3),
     "preconditioned SGD": (0.3, 0.1, 1.0, 0.03),
+    "EigenAdam": (3e-2, 1e-2, 1e-1, 3e-3),
 }
 
 
@@ -126,12 +127,15 @@ def train(
 ) -> Run:
     """One run; the learning rate falls to 0 as half a cosine."""
     model = make_model(data.x_train.shape[1], width, blocks, seed)
+    likelihood = ng.Categorical()
     if method == "AdamW":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    elif method == "EigenAdam":
+        rare = {"periods": ng.Periods(10, early=(1, 3, 6), statistics=5), "subsets": ng.Subsets(1 / 4, 1 / 4)}
+        optimizer = ng.EigenAdam(model, likelihood, lr=lr, weight_decay=0.05, width=64, **rare)  # natgrad
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    likelihood = ng.Categorical()
     pre = None
     if method == "preconditioned SGD":
         pre = ng.Preconditioner(model, likelihood, periods=ng.Renewal(inverses=50, statistics=10))  # natgrad
@@ -142,15 +146,19 @@ def train(
         if len(order) < batch:
             order = torch.randperm(len(data.x_train), generator=generator)
         rows, order = order[:batch], order[batch:]
-        optimizer.zero_grad()
-        z = model(augmented(data.x_train[rows], generator))
-        loss = likelihood.nll(z, data.y_train[rows])
-        if pre is not None:
-            pre.observe(z)  # natgrad: curvature of this batch, when it is due
-        loss.backward()
-        if pre is not None:
-            pre.step()  # natgrad: gradients become preconditioned gradients
-        optimizer.step()
+        x, y = augmented(data.x_train[rows], generator), data.y_train[rows]
+        if isinstance(optimizer, ng.EigenAdam):
+            optimizer.step(x, y)  # natgrad: evaluates the model itself
+        else:
+            optimizer.zero_grad()
+            z = model(x)
+            loss = likelihood.nll(z, y)
+            if pre is not None:
+                pre.observe(z)  # natgrad: curvature of this batch, when it is due
+            loss.backward()
+            if pre is not None:
+                pre.step()  # natgrad: gradients become preconditioned gradients
+            optimizer.step()
         scheduler.step()
         if due(step, steps, evaluations):
             seconds = clock.pause()

@@ -46,9 +46,10 @@ def test_image_classifier_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     out = tmp_path / "picture.png"
     sizes = ["--data", "digits", "--width", "4", "--blocks", "1", "--batch", "64", "--evaluations", "3"]
     best = example.main([*sizes, "--steps", "40", "--rates", "1", "--out", str(out)])
-    assert list(best) == ["SGD", "AdamW", "preconditioned SGD"] == [run.method for run in best.values()]
+    assert list(best) == ["SGD", "AdamW", "preconditioned SGD", "EigenAdam"] == [run.method for run in best.values()]
     assert all(run.steps == [13, 26, 39, 40] and run.seconds == sorted(run.seconds) for run in best.values())
-    assert best["preconditioned SGD"].losses[-1] < 0.8 * min(best["SGD"].losses[-1], best["AdamW"].losses[-1])
+    for ours in ("preconditioned SGD", "EigenAdam"):
+        assert best[ours].losses[-1] < 0.8 * min(best["SGD"].losses[-1], best["AdamW"].losses[-1])
     assert out.stat().st_size > 5000
 
 
@@ -74,6 +75,7 @@ def test_char_transformer_on_two_sonnets(tmp_path: Path, monkeypatch: pytest.Mon
     sizes = ["--data", "sonnets", "--width", "16", "--layers", "1", "--context", "16", "--evaluations", "2"]
     best = example.main([*sizes, "--steps", "60", "--rates", "1", "--out", str(out)])
     uniform = torch.tensor(float(len(text.characters))).log()
+    assert list(best) == ["AdamW", "preconditioned AdamW", "EigenAdam"]
     assert all(run.losses[-1] < 0.85 * uniform for run in best.values())
     assert out.stat().st_size > 5000
 

@@ -286,3 +286,6 @@ def test_curvature_pass_restores_every_switch() -> None:
         assert not torch.backends.mha.get_fastpath_enabled()
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+    with view.curvature_pass(once=True):  # attention may be fused: its first derivative exists
+        assert switches()[:5] == (False, False, False, *before[3:5])
+    assert switches() == before
