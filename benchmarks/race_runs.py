@@ -107,12 +107,11 @@ def crossing(line: Mapping[str, Any], target: float) -> tuple[int, float] | None
 def next_rate(tried: Mapping[float, float], centre: float) -> float:
     """The learning rate that a sweep tries next, from the losses of those before.
 
-    First the centre, then a factor of 3 to either side; then a factor of 3 beyond the best where that is at the end,
-    and else between the two best.
+    First the centre, then three times that; after these a factor of 3 beyond the best where that is at an end of what
+    was tried, and else between the two best.
     """
-    for lr in (centre, 3 * centre, centre / 3):
-        if lr not in tried:
-            return lr
+    if len(tried) < 2:
+        return 3 * centre if tried else centre
     ordered = sorted(tried)
     best, second = sorted(tried, key=lambda lr: tried[lr])[:2]
     if best == ordered[-1]:

@@ -102,8 +102,9 @@ def test_a_sweep_looks_around_the_best_rate():
         return list(tried)
 
     assert search(lambda lr: lr) == pytest.approx([1, 3, 1 / 3, 1 / 9])
-    assert search(lambda lr: -lr) == pytest.approx([1, 3, 1 / 3, 9])
+    assert search(lambda lr: -lr) == pytest.approx([1, 3, 9, 27])
     assert search(lambda lr: abs(math.log(lr / 1.2))) == pytest.approx([1, 3, 1 / 3, math.sqrt(3)])
+    assert search(lambda lr: abs(math.log(lr / 4))) == pytest.approx([1, 3, 9, 27**0.5])
     assert search(lambda lr: math.inf if lr > 0.5 else lr) == pytest.approx([1, 3, 1 / 3, 1 / 9])
 
 
