@@ -173,7 +173,7 @@ RENEWAL = {"inverses": 20, "statistics": 10, "rows": 0.25}
 
 def _entries(decay: float, coupled: float, inner: dict[str, Any]) -> dict[str, Entry]:
     decoupled = {"weight_decay": decay}
-    bases = {"periods": {"inverses": 10, "statistics": 5, "early": [1, 3, 6]}, "subsets": [0.25, 0.25]}
+    bases = {"periods": {"inverses": 10, "statistics": 5, "early": [1, 3, 6]}, "subsets": [0.25, 0.25], "decay": 0.8}
     kfac = f"natgrad: Preconditioner, {'SGD' if inner['name'] == 'sgd' else 'AdamW'} inside"
     return {
         BASELINE: Entry("AdamW", adamw, 1e-2, decoupled),
