@@ -22,7 +22,7 @@ from natgrad_lab.records import environment
 
 RATES = ROOT / "benchmarks" / "race_rates.json"
 SHARE = 0.6
-BUDGET = 3  # learning rates
+BUDGET = 4  # learning rates
 MIB = 2**20
 
 
