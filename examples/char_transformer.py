@@ -150,8 +150,16 @@ def train(
     if method == "preconditioned AdamW":
         pre = ng.Preconditioner(model, likelihood, periods=ng.Renewal(inverses=50, statistics=10))  # natgrad
     elif method == "EigenAdam":
-        rare = {"periods": ng.Periods(10, early=(1, 3, 6), statistics=5), "subsets": ng.Subsets(1 / 4, 1 / 4)}
-        optimizer = ng.EigenAdam(model, likelihood, lr=lr, weight_decay=0.1, width=64, **rare)  # natgrad
+        optimizer = ng.EigenAdam(  # natgrad: with statistics that keep up with a short run
+            model,
+            likelihood,
+            lr=lr,
+            weight_decay=0.1,
+            width=64,
+            subsets=ng.Subsets(1 / 4, 1 / 4),
+            periods=ng.Periods(inverses=10, statistics=5, early=(1, 3, 6)),
+            decay=0.8,
+        )
     warmup = max(1, steps // 20)
     rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warmup)

@@ -131,8 +131,16 @@ def train(
     if method == "AdamW":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
     elif method == "EigenAdam":
-        rare = {"periods": ng.Periods(10, early=(1, 3, 6), statistics=5), "subsets": ng.Subsets(1 / 4, 1 / 4)}
-        optimizer = ng.EigenAdam(model, likelihood, lr=lr, weight_decay=0.05, width=64, **rare)  # natgrad
+        optimizer = ng.EigenAdam(  # natgrad: with statistics that keep up with a short run
+            model,
+            likelihood,
+            lr=lr,
+            weight_decay=0.05,
+            width=64,
+            subsets=ng.Subsets(1 / 4, 1 / 4),
+            periods=ng.Periods(inverses=10, statistics=5, early=(1, 3, 6)),
+            decay=0.8,
+        )
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
