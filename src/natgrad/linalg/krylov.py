@@ -203,6 +203,7 @@ class System:
     ) -> None:
         if isinstance(max_iters, bool) or not isinstance(max_iters, int) or max_iters < 0:
             raise ValueError(f"max_iters={max_iters!r}: expected an integer of at least 0")
+        self.max_iters = max_iters
         self.form = _form(b)
         self.b = self._flat(b, "b").detach()
         if not self.b.is_floating_point():

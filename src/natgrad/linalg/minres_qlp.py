@@ -6,7 +6,8 @@ upper triangular, reflections from the right make that lower triangular, ``Q_k T
 with ``W_k = V_k P_k`` orthonormal and ``L_k u_k = t_k``. A last diagonal element γ_k that is negligible shows that T_k
 is singular, and dropping the last component of u_k then leaves the solution of minimum length.
 
-The two coefficients of every Lanczos step are read by the host, which decides on them; the vectors stay where they are.
+The two coefficients of every Lanczos step are read by the host, which decides on them; the vectors stay where they are
+(:mod:`natgrad.linalg.minres_vectors`).
 """
 
 import copy
@@ -19,9 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.linalg.krylov import Progress, Solution, StoppingRule, System, Vector, all_rules
-
-# The recurrences of the solution are evaluated in blocks that stay in a CPU's cache: so many elements of each vector.
-_BLOCK = 2**17
+from natgrad.linalg.minres_vectors import MinresVectors
 
 
 def minres_qlp(
@@ -68,7 +67,7 @@ def minres_qlp(
 
 
 class _Run:
-    """One solve: Lanczos vectors, the vectors of the solution, and what is reported."""
+    """One solve: what is decided on it, and what is reported."""
 
     def __init__(self, system: System, rules: Sequence[StoppingRule], tol: float, max_condition: float | None) -> None:
         self.system, self.rules, self.tol = system, rules, tol
@@ -79,55 +78,38 @@ class _Run:
         self.model_values: list[float] = []
         self.kept: dict[int, Tensor] = {}
         self.dropped = False
+        self.vectors = MinresVectors(system)
 
     def begin(self) -> str | None:
         """The first Lanczos vector; a reason where there is nothing to do."""
-        b, system = self.system.b, self.system
-        self.start = torch.zeros_like(b) if system.x0 is None else system.x0
-        self.r = b.clone() if system.x0 is None else b - system.product(self.start)
-        # Lanczos vectors before normalisation and preconditioning
-        self.y_before, self.y = torch.zeros_like(b), self.r.clone()
-        self.z = system.precondition(self.y)
-        self.wl, self.w, self.xl2 = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b)
-        self.v = torch.empty_like(b)
-        norm = torch.linalg.vector_norm
-        sizes = torch.stack((norm(b), norm(self.r), torch.dot(self.r, self.z))).tolist()
-        self.rhs_norm, self.residual_norm, squared = sizes
-        self.scalars = _Scalars(self._beta(self.residual_norm, squared))
+        self.rhs_norm, self.residual_norm, squared = self.vectors.first_numbers().tolist()
+        self.scalars = _Scalars(math.sqrt(max(squared, 0.0)) if self.system.preconditioned else self.residual_norm)
         if self.needs_model:
             self._append_model_value()
-        if 0 in system.store:
-            self.kept[0] = self.x()
+        if 0 in self.system.store:
+            self.kept[0] = self.vectors.x(self.scalars)
         if not all(map(math.isfinite, (self.rhs_norm, self.residual_norm, squared))):
             return "non_finite"
         if self.rhs_norm == 0:
-            self.start, self.r, self.residual_norm = torch.zeros_like(b), torch.zeros_like(b), 0.0
             return "zero_rhs"
         if self.residual_norm <= self.tol * self.rhs_norm:
             return "converged"
-        return "indefinite_preconditioner" if squared <= 0 else None
+        if squared <= 0:
+            return "indefinite_preconditioner"
+        self.vectors.begin(self.scalars.beta)
+        return None
 
     def iterate(self) -> str | None:
         """One Lanczos step, the rotations and the update of the solution; why to stop, or None."""
         s, beta = self.scalars, self.scalars.beta
-        v = torch.div(self.z, beta, out=self.v)
-        product = self.system.product(v)
-        # in the memory of the vector that nobody needs any more, and never in that of the product: it may be v
-        y = torch.sub(product, self.y_before, alpha=beta / s.beta_before if self.k else 0.0, out=self.y_before)
-        alpha = torch.dot(y, v)
-        y.addcmul_(self.y, alpha, value=-1 / beta)
-        z = self.system.precondition(y)
-        numbers = [alpha, torch.linalg.vector_norm(y)]
-        if self.system.preconditioned:  # with what ‖r‖ needs, in the same reading
-            numbers += [torch.dot(y, z), torch.dot(self.r, self.r), torch.dot(self.r, y), torch.dot(y, y)]
-        alpha, size, *inner = torch.stack(numbers).tolist()
-        squared = inner.pop(0) if inner else 0.0
-        if not all(map(math.isfinite, (alpha, size, squared, *inner))):
+        numbers = self.vectors.step(beta).tolist()
+        if not all(map(math.isfinite, numbers)):
             return "non_finite"
-        if squared < -self.eps * max(s.norm, abs(alpha), beta) ** 2:
+        alpha, size, *inner = numbers
+        if inner and size < -self.eps * max(s.norm, abs(alpha), beta) ** 2:
             return "indefinite_preconditioner"
         before = copy.copy(s)
-        s.advance(alpha, self._beta(size, squared))
+        s.advance(alpha, math.sqrt(max(size, 0.0)) if inner else size)
         ended = s.beta <= self.eps * s.norm  # the Krylov space is exhausted
         residual_norm = self._residual_norm(inner, ended)
         reason = self._singular(residual_norm, ended)
@@ -138,8 +120,7 @@ class _Run:
                 self.scalars, self.residual_norm = before, before.phi
                 return reason
         self.k += 1
-        self._update_vectors(y, ended)
-        self.y_before, self.y, self.z = self.y, y, z
+        self.vectors.take(s, ended)
         if reason is not None:
             self.dropped = True
             return reason
@@ -156,12 +137,15 @@ class _Run:
 
     def solution(self, reason: str) -> Solution:
         """What the solver returns."""
-        system, x = self.system, self.x()
-        if self.dropped:  # the recurrence of the residual does not know of that
-            self.r = system.b - system.product(x)
-            residual_norm = torch.linalg.vector_norm(self.r)
+        system = self.system
+        if reason == "zero_rhs":  # whatever the start
+            x, r, residual_norm = torch.zeros_like(system.b), torch.zeros_like(system.b), system.b.new_zeros(())
+        elif self.dropped:  # the recurrence of the residual does not know of that
+            x = self.x()
+            r = system.b - system.product(x)
+            residual_norm = torch.linalg.vector_norm(r)
         else:
-            residual_norm = system.b.new_tensor(self.residual_norm)
+            x, r, residual_norm = self.x(), self.vectors.residual(), system.b.new_tensor(self.residual_norm)
         kept = self.kept | ({self.k: x} if system.store else {})
         return Solution(
             x=system.unflatten(x),
@@ -169,7 +153,7 @@ class _Run:
             reason=reason,
             residual_norm=residual_norm,
             rhs_norm=system.b.new_tensor(self.rhs_norm),
-            residual=system.unflatten(self.r),
+            residual=system.unflatten(r),
             model_values=tuple(system.b.new_tensor(value) for value in self.model_values),
             iterates={i: system.unflatten(v) for i, v in kept.items()},
             matrix_norm=self.scalars.norm,
@@ -178,25 +162,7 @@ class _Run:
 
     def x(self) -> Float[Tensor, " n"]:
         """The present iterate; it is only formed when somebody wants it."""
-        s = self.scalars
-        return (self.start + self.xl2).add_(self.wl, alpha=s.u[1]).add_(self.w, alpha=s.u[2])
-
-    def _update_vectors(self, y: Tensor, ended: bool) -> None:
-        """``W_k = V_k P_k``: the last three columns change, the third last is final and enters x; and the residual."""
-        s, n = self.scalars, len(y)
-        of_y = 0.0 if ended else -s.phi * s.c / s.beta
-        size = _BLOCK if y.device.type == "cpu" else n
-        scratch = y.new_empty(min(size, n))
-        vectors = (self.v, y, self.r, self.w, self.wl, self.xl2)
-        for v, y_part, r, w, wl, xl2 in zip(*(vector.split(size) for vector in vectors), strict=True):
-            r.mul_(s.s**2).add_(y_part, alpha=of_y)
-            if self.k == 1:
-                w.copy_(v)
-                continue
-            third = torch.mul(wl, s.s2, out=scratch[: len(v)]).sub_(v, alpha=s.c2)
-            xl2.add_(wl, alpha=s.c2 * s.u[0]).add_(v, alpha=s.s2 * s.u[0])
-            torch.mul(w, s.c1, out=wl).add_(third, alpha=s.s1)
-            w.mul_(s.s1).sub_(third, alpha=s.c1)
+        return self.vectors.x(self.scalars)
 
     def _residual_norm(self, inner: list[float], ended: bool) -> float:
         s = self.scalars
@@ -223,10 +189,7 @@ class _Run:
 
     def _append_model_value(self) -> None:
         x = self.x()
-        self.model_values.append(-0.5 * float(torch.dot(x, self.r) + torch.dot(x, self.system.b)))
-
-    def _beta(self, size: float, squared: float) -> float:
-        return math.sqrt(max(squared, 0.0)) if self.system.preconditioned else size
+        self.model_values.append(-0.5 * float(torch.dot(x, self.vectors.residual() + self.system.b)))
 
 
 class _Scalars:
