@@ -96,6 +96,7 @@ def measure(
     rows = {
         "SGD": None,
         "statistics every 10, of 1/4 of the rows, inverses every 100": ng.Renewal(100, (1,), 10, rows=0.25),
+        "the same, of 1/4 of the positions too": ng.Renewal(100, (1,), 10, rows=0.25, positions=0.25),
         "statistics every 10, of all rows, inverses every 100": ng.Renewal(100, (1,), 10),
         "everything at every step": ng.Renewal(1, (), 1),
     }

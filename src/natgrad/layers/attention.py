@@ -125,10 +125,14 @@ class InProjectionRule(KroneckerRule):
         """``Σ ā āᵀ`` for the projections of the call, zero for the others; and the numbers of rows."""
         weight, bias = "in_proj_weight" in block.members, "in_proj_bias" in block.members
         a = self.rows(use).to(block.dtype)
-        a = a.mean(1) if block.sharing == "reduce" else flatten_rows(a)
-        moment = input_moment(a, weight, bias)
+        count, times = float(a.shape[0] * a.shape[1]), 1
+        if block.sharing == "reduce":
+            a, count = a.mean(1), float(a.shape[0])
+        else:
+            a, times = use.thinned(a)
+        moment = input_moment(flatten_rows(a), weight, bias)
         total, rows = a.new_zeros(3, *moment.shape), a.new_zeros(3, 1, 1)
-        total[use.slot], rows[use.slot] = moment, float(a.shape[0])
+        total[use.slot], rows[use.slot] = moment if times == 1 else moment.mul_(times), count
         return total, rows
 
     def output_sum(self, block: Block, use: Use, g: Tensor, total: Tensor) -> None:

@@ -18,9 +18,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from natgrad.layers.graph import graph_of, uses_reentrant_checkpoint
 from natgrad.layers.hooks import LayerHook, around_call, foreign_hooks
-from natgrad.layers.linear import LinearRule
 from natgrad.layers.order import chain_of
-from natgrad.layers.registry import block_of, rules_for
+from natgrad.layers.registry import blocks_of
 from natgrad.layers.rules import Block, Use
 
 __all__ = ["Capture", "Record", "foreign_hooks"]
@@ -42,10 +41,11 @@ class Record:
 
     Args:
         layers: the recorded layers, or blocks of them, by clean name.
+        positions: of every use, ``every`` and ``phase``.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module | Block]) -> None:
-        self.blocks = _blocks(layers)
+    def __init__(self, layers: Mapping[str, nn.Module | Block], positions: tuple[int, int] = (1, 0)) -> None:
+        self.blocks, self.positions = blocks_of(layers), positions
         self._calls: dict[str, list[_Call]] = {name: [] for name in layers}
         self._untracked: set[str] = set()
 
@@ -61,9 +61,19 @@ class Record:
         Raises:
             RuntimeError: as :attr:`inputs`.
         """
+        thin = self.positions
         return {
             name: [
-                Use(call.layer, _unchanged(name, call), call.output[0], call.training, call.slot, call.arrange)
+                Use(
+                    call.layer,
+                    _unchanged(name, call),
+                    call.output[0],
+                    call.training,
+                    call.slot,
+                    call.arrange,
+                    1.0,
+                    *thin,
+                )
                 for call in calls
             ]
             for name, calls in self._calls.items()
@@ -186,7 +196,7 @@ class Record:
 
     def take(self, z: Tensor) -> "Record":
         """The calls that z depends on, as a record of their own; they leave this one."""
-        taken, graph = Record(self.blocks), graph_of(z.grad_fn)
+        taken, graph = Record(self.blocks, self.positions), graph_of(z.grad_fn)
         for name, calls in self._calls.items():
             taken._calls[name] = [call for call in calls if call.edge is not None and call.edge.node in graph]
             self._calls[name] = [call for call in calls if call.edge is None or call.edge.node not in graph]
@@ -232,11 +242,15 @@ class Capture:
     Args:
         model: the model that owns the layers (kept by nobody: the hooks live on the layers).
         layers: the layers to record, or blocks of them, by clean name; each takes one tensor and returns one.
+
+    Attributes:
+        positions: ``every`` and ``phase`` of the uses in coming records: which positions sums over inputs are made of.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module | Block]) -> None:
         del model
-        self.blocks = _blocks(layers)
+        self.blocks = blocks_of(layers)
+        self.positions = (1, 0)
         self._record: Record | None = None
         handles: list[Any] = []
         inside: dict[int, tuple[nn.Module, dict[str, str], Any]] = {}
@@ -288,7 +302,7 @@ class Capture:
         """
         if self._record is not None:
             raise RuntimeError("this capture is recording already: leave the outer record() first")
-        self._record = Record(self.blocks)
+        self._record = Record(self.blocks, self.positions)
         return self._record
 
     def stop(self) -> None:
@@ -303,17 +317,6 @@ class Capture:
         raise TypeError(
             "a Capture belongs to the layers it hooks and cannot be copied; make a new one for the copied model"
         )
-
-
-def _blocks(layers: Mapping[str, nn.Module | Block]) -> dict[str, Block]:
-    """Blocks by name; a bare layer gets that of its kind, one of unknown kind is just recorded."""
-    found = {}
-    for name, x in layers.items():
-        if isinstance(x, Block):
-            found[name] = x
-        else:
-            found[name] = block_of(name, x) if rules_for(x) else Block(name, LinearRule(), (x,), {})
-    return found
 
 
 def _remove(handles: list[Any]) -> None:

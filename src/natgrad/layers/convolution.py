@@ -70,17 +70,22 @@ class ConvolutionRule(KroneckerRule):
         groups, patches = use.layer.groups, self.patches(use)
         if block.sharing == "reduce":
             p = mean_patches(patches, groups).to(block.dtype)
-            rows, sums, moment = float(p.shape[1]), p.sum(1), p.mT @ p
+            rows = corner = float(p.shape[1])
+            sums, moment = p.sum(1), p.mT @ p
         else:
-            rows, sums, moment = float(self.positions(use)), None, None
+            rows = corner = float(self.positions(use))
             features = patches.shape[1] // groups * torch.Size(use.layer.kernel_size).numel()
             if not weight:
                 sums = patches.new_zeros(groups, features, dtype=block.dtype)
                 moment = sums[..., None].expand(groups, features, features)
             else:
-                sums, moment = _sums(patches, groups, bias, block.dtype)
+                some, times = use.thinned(patches, -1)
+                sums, moment = _sums(some, groups, bias, block.dtype)
+                if times > 1:  # the number of rows belongs to their sums: the moment stays positive semi-definite
+                    corner = rows * some.shape[-1] / patches.shape[-1] * times
+                    sums, moment = sums.mul_(times), moment.mul_(times)
         moment, sums = (self._ordered(use.layer, x, dims) for x, dims in ((moment, (1, 2)), (sums, (1,))))
-        total = joint_moment(moment, sums, rows, weight, bias)
+        total = joint_moment(moment, sums, corner, weight, bias)
         return total if groups > 1 else total[0], rows
 
     def output_sum(self, block: Block, use: Use, g: Tensor, total: Tensor) -> None:

@@ -30,6 +30,7 @@ class Coverage:
         sizes: the number of elements of every trainable parameter.
         treatment: of the uncovered parameters: ``"error"``, ``"identity"`` or ``"diagonal"``.
         blocks: the layers with their rules, by the same names.
+        notes: lines below the table, such as what share of a batch the factors are made of.
     """
 
     layers: dict[str, Any]
@@ -38,6 +39,7 @@ class Coverage:
     sizes: dict[str, int] = field(default_factory=dict)
     treatment: str = "error"
     blocks: dict[str, Block] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def uncovered(self) -> tuple[str, ...]:
@@ -56,7 +58,8 @@ class Coverage:
         covered = sum(count for _, _, count in rows[: len(self.blocks)])
         rows.append(("total", f"{covered} covered, {sum(self.sizes.values()) - covered} not", sum(self.sizes.values())))
         widths = [max(len(str(row[i])) for row in rows) for i in range(3)]
-        return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
+        lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+        return "\n".join([*lines, *self.notes])
 
 
 def cover(

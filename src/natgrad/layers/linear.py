@@ -35,9 +35,12 @@ class LinearRule(KroneckerRule):
         """``Σ ā āᵀ`` and the number of rows."""
         if block.sharing == "reduce":
             return super().input_sum(block, use)
-        a = use.input
+        a, times = use.input, 1
+        rows = a.numel() / a.shape[-1]
+        if use.every > 1:
+            a, times = use.thinned(_with_positions(a))
         moment = input_moment(a.to(block.dtype), "weight" in block.members, "bias" in block.members)
-        return moment, a.numel() / a.shape[-1]
+        return moment if times == 1 else moment.mul_(times), rows
 
     def output_sum(self, block: Block, use: Use, g: Tensor, total: Tensor) -> None:
         """Add ``Σ g gᵀ``."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from natgrad.layers.linear import LinearRule
 from natgrad.layers.rules import Block, LayerRule, Sharing
 
 Rules = Mapping[str, LayerRule]
@@ -69,3 +70,14 @@ def block_of(name: str, layer: Any, sharing: Sharing = "expand") -> Block:
     prefix = f"{name}." if name else ""
     members = {key: prefix + key for key, p in rule.parameters(layer).items() if p.requires_grad}
     return Block(name, rule, (layer,), members, sharing)
+
+
+def blocks_of(layers: Mapping[str, Any]) -> dict[str, Block]:
+    """Blocks by name; a bare layer gets that of its kind, one of unknown kind is just recorded."""
+    found = {}
+    for name, x in layers.items():
+        if isinstance(x, Block):
+            found[name] = x
+        else:
+            found[name] = block_of(name, x) if rules_for(x) else Block(name, LinearRule(), (x,), {})
+    return found

@@ -34,6 +34,8 @@ class Use:
         slot: for a stack of blocks: which of them the call belongs to; None for all.
         arrange: brings the output's derivatives into the order of ``input`` (examples first); None where they have it.
         share: of the examples that are asked for in the rows of ``input``, where they cannot be told apart.
+        every: sums over inputs are made of every so many positions of an example, and count as many times.
+        phase: the first of them.
     """
 
     layer: Any
@@ -43,6 +45,23 @@ class Use:
     slot: slice | None = None
     arrange: Callable[[Tensor], Tensor] | None = None
     share: float = 1.0
+    every: int = 1
+    phase: int = 0
+
+    def thinned(self, rows: Tensor, dim: int = 1) -> tuple[Tensor, int]:
+        """The positions that sums over inputs are made of, and how often each of them counts.
+
+        Averaged over all phases such a sum is that over all positions.
+
+        Args:
+            rows: what is at the positions.
+            dim: the dimension of the positions.
+        """
+        step = max(1, min(self.every, rows.shape[dim]))
+        if step == 1:
+            return rows, 1
+        index = [slice(None)] * (dim % rows.ndim) + [slice(self.phase % step, None, step)]
+        return rows[tuple(index)], step
 
     def gradient(self, g: Tensor) -> Tensor:
         """The derivatives of the output in the order of ``input``."""
@@ -193,9 +212,15 @@ class KroneckerRule(LayerRule):
 
     def input_sum(self, block: Block, use: Use) -> tuple[Tensor, float | Tensor]:
         """``Σ ā āᵀ`` over the rows of one call, and the number of rows."""
-        a = self.rows(use).to(block.dtype)
-        a = a.mean(1) if block.sharing == "reduce" else flatten_rows(a)
-        return joint_moment(second_moment(a), a.sum(0), a.shape[0], *_parts(block)), float(a.shape[0])
+        a = self.rows(use)
+        rows, times = float(a.shape[0] * a.shape[1]), 1
+        if block.sharing == "reduce":
+            a, rows = a.mean(1), float(a.shape[0])
+        else:
+            a, times = use.thinned(a)
+        a = flatten_rows(a).to(block.dtype)
+        moment = joint_moment(second_moment(a), a.sum(0), a.shape[0], *_parts(block))
+        return moment if times == 1 else moment.mul_(times), rows
 
     def output_sum(self, block: Block, use: Use, g: Tensor, total: Tensor) -> None:
         """Add ``Σ g gᵀ`` over the rows of one call to ``total``."""

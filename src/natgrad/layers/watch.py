@@ -74,7 +74,7 @@ class Watch:
             raise ValueError(
                 "z has no graph: it was detached, or computed under torch.no_grad(); pass the model's output"
             )
-        taken = Record(self._capture.blocks)
+        taken = Record(self._capture.blocks, self._capture.positions)
         for record in self._passes:
             found = record.take(z)
             if any(found.calls.values()):

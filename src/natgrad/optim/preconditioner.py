@@ -28,7 +28,7 @@ from natgrad.optim.inverses import Tikhonov
 from natgrad.optim.preconditioner_checks import Unchanged, check_output, refuse_shards, refuse_transforms
 from natgrad.optim.preconditioner_gradients import Proposal, gradient_of, outside_autocast, replace_gradients
 from natgrad.optim.preconditioner_settings import DEFAULT_DAMPING, damping_by_layer, layers_by_damping, uniform
-from natgrad.optim.preconditioner_statistics import Pending, report
+from natgrad.optim.preconditioner_statistics import Pending, noted, report
 from natgrad.optim.scaling import KLClip, Scaling, Unscaled
 from natgrad.optim.settings import Periods, Renewal
 from natgrad.optim.stats import Stats
@@ -86,7 +86,7 @@ class Preconditioner:
             ``skipped`` (estimates that were not finite and therefore left out), ``nonfinite`` (steps whose gradients
             were not finite and therefore left as they were), ``missed`` (steps that wanted statistics and got none),
             ``failed_inverses`` and ``bare`` (layers whose gradient was left as it was, because they have no inverse
-            yet).
+            yet), ``rows`` and ``positions`` (the shares of `Renewal`).
 
     Raises:
         ValueError: a setting out of range, no layer to cover, or an uncovered parameter (it is named).
@@ -167,7 +167,7 @@ class Preconditioner:
 
     def coverage(self) -> Coverage:
         """What is treated how; ``print`` it for a table with parameter counts."""
-        return self._coverage
+        return noted(self._coverage, self.periods)
 
     def observe(self, z: Float[Tensor, "batch ..."], y: Any = None, *, weight: Tensor | None = None) -> None:
         """Take in the curvature of the batch that the model has just seen, when it is due.
@@ -194,6 +194,7 @@ class Preconditioner:
         self._observed = True
         if not self.due:
             return
+        self._thin()
         check_expectation(self.likelihood, self.expectation, y, samples=1)
         self._unchanged.check(self._coverage.blocks)
         record = self._watch.take(z)
@@ -231,6 +232,7 @@ class Preconditioner:
         self._observed = True
         if not self.due:
             return
+        self._thin()
         self._unchanged.check(self._coverage.blocks)
         self._watch.settle()
         model = self.view, self.capture, self.likelihood
@@ -238,6 +240,10 @@ class Preconditioner:
             self._pending.add(collect_inputs(*model, inputs, share=self._share))
         else:
             self._pending.add(collect(*model, inputs, y=targets, **self._settings(weight)))
+
+    def _thin(self) -> None:
+        if isinstance(self.periods, Renewal):
+            self.capture.positions = self.periods.thinning(self._steps + 1)
 
     def _settings(self, weight: Tensor | None) -> dict[str, Any]:
         """How statistics are estimated."""

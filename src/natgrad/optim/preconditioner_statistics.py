@@ -1,6 +1,7 @@
 """What a `Preconditioner` observed since its last step: micro-batches add up, then ranks; and what it reports."""
 
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from natgrad.curvature.base import Statistics
 from natgrad.curvature.loss_statistics import LossStatistics
 from natgrad.distributed import collectives
+from natgrad.layers.coverage import Coverage
+from natgrad.optim.settings import Periods, Renewal
 from natgrad.optim.stats import Stats
 
 if TYPE_CHECKING:
@@ -120,5 +123,15 @@ def report(pre: "Preconditioner", nu: Tensor | float, bare: int) -> Stats:
             "missed": pre._pending.missed,
             "failed_inverses": pre._inverses.failures,
             "bare": bare,
+            "rows": getattr(pre.periods, "rows", 1.0),
+            "positions": getattr(pre.periods, "positions", 1.0),
         }
     )
+
+
+def noted(coverage: Coverage, periods: Periods) -> Coverage:
+    """Coverage with what is left out of the sums behind the factors, where something is."""
+    if not isinstance(periods, Renewal) or periods.rows == periods.positions == 1:
+        return coverage
+    shares = f"{periods.rows:.3g} of the examples and, of A, {periods.positions:.3g} of the positions"
+    return replace(coverage, notes=(f"factors from {shares}",))

@@ -164,6 +164,9 @@ class Renewal(Periods):
         rows: τ₁, the share of a batch's examples, its first ones, that an estimate is made from [KFAC, sec. 8]. The
             batch goes through the model as a whole; sums over inputs and derivatives, most of the cost where layers
             act at many positions, are those of these examples.
+        positions: the share of an example's positions (columns of an image, elements of a sequence) that A is made of,
+            one over a whole number n: every n-th one, which counts n times. Which of the n comes first changes from
+            estimate to estimate, so that the average over n of them has seen all. G keeps all positions: it costs less.
 
     Raises:
         ValueError: a period below 1, or a share outside (0, 1].
@@ -172,15 +175,23 @@ class Renewal(Periods):
     inverses: int = 20
     statistics: int = 5
     rows: float = 1.0
+    positions: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 < self.positions <= 1 or abs(1 / self.positions - round(1 / self.positions)) > 1e-6:
+            raise ValueError(f"Renewal(positions={self.positions}): expected one over a whole number, such as 1/4")
         if not 0 < self.rows <= 1:
             raise ValueError(f"Renewal(rows={self.rows}): expected a share of the examples, 0 < rows <= 1")
 
     def observes(self, update: int) -> bool:
         """Whether statistics are due at this step (counted from 1)."""
         return update % self.statistics == 0 or update in self.early
+
+    def thinning(self, update: int) -> tuple[int, int]:
+        """Every how many positions count in the estimate at this step (counted from 1), and the first of them."""
+        every = round(1 / self.positions)
+        return every, (update // self.statistics if update % self.statistics == 0 else update) % every
 
 
 @dataclass(frozen=True)
