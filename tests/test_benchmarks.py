@@ -217,7 +217,7 @@ def test_layer_cost_in_passes_and_steps():
     found = layer_cost.measure(4, 4, 1, shapes=((2, 2, 3, 4),))
     assert len(well_formed(layer_cost.layer_table(found["layers"]))) == 2
     lines = well_formed(layer_cost.step_table(found["steps"]))
-    assert len(lines) == 5 and [float(cell) for cell in lines[1][1:]] == [1, 1]
+    assert len(lines) == 6 and [float(cell) for cell in lines[1][1:]] == [1, 1]
 
 
 def test_gradient_covariance_in_passes():
