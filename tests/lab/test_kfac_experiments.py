@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from natgrad_lab.figures.kfac_experiments import progress_gain, updates_to
+from natgrad_lab.figures.kfac_experiments import _last, progress_gain, updates_to
 from natgrad_lab.recipes.base import find
 from natgrad_lab.recipes.kfac_experiments import best_step_within
 from natgrad_lab.recipes.kfac_training import load_task, train
@@ -69,3 +69,12 @@ def test_progress_gain_is_the_ratio_of_updates_less_one() -> None:
     faster = {"update": updates, "train_error": [100 * 0.9**u for u in updates]}
     assert progress_gain(slower, faster) == pytest.approx(0.3)
     assert progress_gain(slower, {"update": [0, 10], "train_error": [100.0, None]}) is None
+
+
+def test_last_error_tells_of_a_run_that_lost_its_least_one() -> None:
+    found = {"end": "finished", "update": [0, 10, 20], "train_error": [9.0, 4.0, 4.2]}
+    assert _last(found) == "4.2 after 20"
+    assert _last({**found, "train_error": [9.0, 4.0, 54.9]}) == "54.9 after 20; least 4 after 10"
+    assert (
+        _last({**found, "end": "diverged", "train_error": [9.0, 4.0, None]}) == "– after 20, diverged; least 4 after 10"
+    )

@@ -153,6 +153,10 @@ def _line(
 
 
 def _last(found: dict[str, Any]) -> str:
+    """The last error; beside it the least one where the run lost a tenth of it again."""
     end = "" if found["end"] == "finished" else f", {found['end']}"
-    error = found["train_error"][-1]
-    return f"{error:.3g} after {found['update'][-1]}{end}"
+    errors, updates = found["train_error"], found["update"]
+    least = min((e, u) for e, u in zip(errors, updates, strict=True) if e is not None)
+    lost = f"; least {least[0]:.3g} after {least[1]}" if errors[-1] is None or errors[-1] > 1.1 * least[0] else ""
+    last = "–" if errors[-1] is None else f"{errors[-1]:.3g}"
+    return f"{last} after {updates[-1]}{end}{lost}"
