@@ -223,3 +223,96 @@ def test_nan_batches_do_not_poison_convolution_factors() -> None:
         pre.step()
     assert pre.stats["skipped"] == 1
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+class Sequential3d(nn.Module):
+    """A linear layer at several positions, whose output is a view, and an activation in place on it."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.inplace = nn.Linear(3, 4), nn.Linear(4, 2), inplace
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.a(x)
+        s = s.mul_(2).relu_() if self.inplace else s.mul(2).relu()
+        return self.b(s)
+
+
+@pytest.mark.parametrize("expectation", ["exact", "empirical"])
+@pytest.mark.parametrize("likelihood", [ng.Categorical("element"), ng.Gaussian()], ids=lambda lik: type(lik).__name__)
+def test_activations_in_place_on_a_view(expectation: str, likelihood: Any) -> None:
+    """The output of a linear layer with positions is a view: to change it in place rewrites its history."""
+    x = draw(4, 5, 3)
+    models = Sequential3d(True), Sequential3d(False)
+    y = torch.arange(20).view(4, 5) % 2 if isinstance(likelihood, ng.Categorical) else draw(4, 5, 2, seed=1)
+    found, expected = (ng.kronecker_fisher(m, likelihood, x, expectation=expectation, y=y).factors for m in models)
+    for name in ("a", "b"):
+        torch.testing.assert_close(found[name].to_dense(), expected[name].to_dense())
+    assert found["a"].G.trace() > 1e-3
+    gradients = []
+    for model in models:
+        pre = ng.Preconditioner(model, likelihood, expectation=expectation)
+        z = model(x)
+        pre.observe(z, y)
+        likelihood.nll(z, y).backward()
+        pre.step()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+    losses = [[ng.KFAC(m, likelihood, seed=1).step(x, y).item() for _ in range(3)][-1] for m in models]
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_activations_in_place_on_a_convolution_without_a_batch() -> None:
+    x, found = draw(2, 5, 5), []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(inplace), nn.Flatten(0), nn.Unflatten(0, (1, 27))).double()
+        found.append(ng.kronecker_fisher(model, ng.Gaussian(), x).to_dense())
+    torch.testing.assert_close(*found)
+    assert found[0].trace() > 1
+
+
+class Steps(nn.Module):
+    """A recurrent layer inside activation checkpointing, or not."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell = issubclass(kind, nn.RNNCellBase)
+        self.r, self.head, self.checkpointed = kind(3, 4), nn.Linear(4, 3), False
+        self.double()
+
+    def states(self, x: Tensor) -> Tensor:
+        if not self.cell:
+            return self.r(x.transpose(0, 1))[0][-1]
+        state: Any = None
+        for step in x.unbind(1):
+            state = self.r(step, state)
+        return state[0] if isinstance(state, tuple) else state
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.states, x, use_reentrant=False) if self.checkpointed else self.states(x))
+
+
+@pytest.mark.parametrize("expectation", ["exact", "empirical"])
+@pytest.mark.parametrize("kind", [nn.GRUCell, nn.LSTMCell, nn.RNNCell, nn.GRU, nn.LSTM, nn.RNN])
+def test_a_checkpointed_recurrent_layer_is_computed_again_as_it_was(kind: Any, expectation: str) -> None:
+    """Otherwise what the kernel saves stands in for what the loop saved: wrong gradients, of the same shapes."""
+    model, x, y = Steps(kind), draw(5, 4, 3), torch.arange(5) % 3
+    found = []
+    for model.checkpointed in (False, True):
+        pre = ng.Preconditioner(model, ng.Categorical(), expectation=expectation, periods=ng.Renewal(3, (1,), 3))
+        for due in (True, False):  # the second pass is not recorded
+            model.zero_grad()
+            z = model(x)
+            pre.observe(z, y)
+            ng.Categorical().nll(z, y).backward()
+            found.append([p.grad.clone() for p in model.parameters()])
+            assert pre.due == due
+            pre.step()
+        found.append([factors.to_dense() for factors in pre._running.factors.values()])
+        assert not torch.overrides._get_current_function_mode_stack()
+    for plain, checkpointed in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(checkpointed, plain)

@@ -239,3 +239,11 @@ def test_is_an_optimiser_like_any_other() -> None:
         ng.Preconditioned(inner, inner)
     with pytest.raises(ValueError, match=r"2\.weight"):
         ng.Preconditioned(torch.optim.SGD(model[0].parameters(), lr=0.1), pre)
+
+
+def test_a_copy_is_refused() -> None:
+    """``copy.deepcopy`` of a torch optimiser keeps its groups and state alone: what came out could not make a step."""
+    model = mlp(20, 32, 8)
+    optimizer = ng.Preconditioned(torch.optim.SGD(model.parameters(), **SGD), ng.Preconditioner(model, LIKELIHOOD))
+    with pytest.raises(TypeError, match=r"cannot be copied; make a new one for the copied model"):
+        copy.deepcopy(optimizer)

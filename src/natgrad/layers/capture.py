@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from natgrad.layers.graph import graph_of, uses_reentrant_checkpoint
+from natgrad.layers.graph import edge_of, graph_of, uses_reentrant_checkpoint
 from natgrad.layers.hooks import LayerHook, around_call, foreign_hooks
 from natgrad.layers.order import chain_of
 from natgrad.layers.registry import blocks_of
@@ -99,11 +99,15 @@ class Record:
         """Where in the graph the outputs of each layer's calls are; None for one that requires no gradient."""
         return {name: [call.edge for call in calls] for name, calls in self._calls.items()}
 
+    def shape_of(self, name: str, call: int) -> torch.Size:
+        """The shape of the output of one call."""
+        return self._calls[name][call].output[0]
+
     def source(self, z: Tensor) -> str | None:
         """The name of the layer whose only call returned exactly z, or None."""
         if not z.requires_grad or z.grad_fn is None:
             return None
-        edge = get_gradient_edge(z)
+        edge = edge_of(z)
         for name, calls in self._calls.items():
             if len(calls) == 1 and calls[0].edge == edge and calls[0].output[0] == z.shape:
                 return name
@@ -222,7 +226,7 @@ class Record:
             raise TypeError(
                 f"layer {name!r} returned {type(output).__name__}; a layer with a rule takes one tensor and returns one"
             )
-        edge = get_gradient_edge(output) if output.requires_grad else None
+        edge = edge_of(output) if output.requires_grad else None
         if edge is None:
             self._untracked.add(name)
         version = None if a.is_inference() else a._version
@@ -334,7 +338,7 @@ def _unchanged(name: str, call: _Call) -> Tensor:
 
 
 def _or_zeros(g: Tensor | None, call: _Call, batch: Sequence[int]) -> Tensor:
-    if g is not None:
-        return g
     shape, dtype, device = call.output
+    if g is not None:
+        return g.reshape(*batch, *shape)  # that of what the output is a view of, see edge_of
     return torch.zeros((*batch, *shape), dtype=dtype, device=device)

@@ -45,6 +45,9 @@ class LayerHook:
 class EnterCall(LayerHook):
     """Before a call of a layer that hides its linear maps (attention, cells): they are recorded until the call ends.
 
+    Inside activation checkpointing the maps are computed one by one in any case, in the forward pass and when it is
+    computed again: what the one keeps for its backward pass has to be what the other finds.
+
     Args:
         capture: that records.
         layer: the module.
@@ -62,17 +65,23 @@ class EnterCall(LayerHook):
     def __call__(self, module: Any, args: tuple[Any, ...]) -> None:  # pyrefly: ignore[bad-override]
         """Begin."""
         capture = self._recording(module)
-        if capture is None:
+        if capture is None and not self._kept_by_hooks(module):
             return
-        record, names = capture._record, self._names
+        record, names = None if capture is None else capture._record, self._names
 
         def seen(which: str, a: Tensor, output: Tensor, slot: slice | None, arrange: Any) -> None:
-            if which in names:
+            if record is not None and which in names:
                 record._add(names[which], a, output, module, slot, arrange)
 
         mode = self._interceptor(module, seen)
         mode.__enter__()
         self._running.append(mode)
+
+    def _kept_by_hooks(self, module: nn.Module) -> bool:
+        """Whether this call's tensors are saved by somebody's hooks, as those of activation checkpointing."""
+        if torch.compiler.is_compiling() or self._capture is None or self._capture() is None or self._layer is None:
+            return False
+        return self._layer() is module and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class LeaveCall(LayerHook):

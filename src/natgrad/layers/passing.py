@@ -37,6 +37,7 @@ class Passing:
         edges: list[tuple[tuple[str, int] | None, Any]] = [(None, get_gradient_edge(z))]
         for name, found in record.edges.items():
             edges += [((name, i), edge) for i, edge in enumerate(found) if edge is not None]
+        self._shapes = {call: record.shape_of(*call) for call, _ in edges if call is not None}
         self._handles = [edge.node.register_prehook(_Reached(self, call, edge.output_nr)) for call, edge in edges]
 
     def remove(self) -> None:
@@ -49,7 +50,7 @@ class Passing:
         if call is None:
             self._at_output(gradient)
         else:
-            self._at_layer(*call, gradient)
+            self._at_layer(*call, None if gradient is None else gradient.reshape(self._shapes[call]))
 
 
 class _Reached:

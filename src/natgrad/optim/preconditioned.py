@@ -80,6 +80,12 @@ class Preconditioned(torch.optim.Optimizer):
         ):  # the base class adds those that are there
             self.inner.add_param_group(param_group)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Preconditioned":
+        raise TypeError(
+            "a Preconditioned optimiser belongs to the model that its preconditioner hooks and cannot be copied; make "
+            "a new one for the copied model and load this one's state_dict()"
+        )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As that of the inner optimiser."""
         self.inner.zero_grad(set_to_none=set_to_none)
