@@ -232,8 +232,11 @@ def main(options: argparse.Namespace) -> None:
             f"A training step with factors and inverses renewed at every one of them, in units of a step of SGD alone: "
             f"a CNN of {width} to {4 * width} channels on 32 x 32 images, an MLP 784-{16 * width}-{16 * width}-"
             f"{16 * width}-10; {batch} examples, the best of 3 turns of {options.steps} steps. Convolutions in "
-            '"expand", dense factors, damping 0.01. singd\'s factors are those of the empirical Fisher matrix, which '
-            "its own loss gives it for nothing; the others draw targets from the model.",
+            '"expand", dense factors, damping 0.01. natgrad, curvlinops, nngeometry and ASDL draw one target from the '
+            "model; singd's factors are those of the empirical Fisher matrix, which its own loss gives it for nothing. "
+            "natgrad, curvlinops and ASDL split the damping between the factors by their traces. natgrad also averages "
+            "factors over the steps (as singd does), leaves out what is not finite and bounds the step; its inverses "
+            "serve one step here: it solves with a Cholesky factor where that is cheaper than to write an inverse out.",
             step_table(found, failed),
         ],
         {"settings": settings, "seconds": found, "failed": failed},
