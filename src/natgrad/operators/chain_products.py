@@ -2,8 +2,8 @@
 
 A Jacobian-vector product does not evaluate the model again. The layouts are those in which the matrix products take
 least time: tangents flow column by column with the units first, ``[units, rows]``, so that no product has a transposed
-weight; cotangents of several columns flow together as ``[rows, k, units]``, so that the weights' gradients of all
-columns are one product with the layer input (``docs/log.md`` has what else was tried).
+weight; cotangents of a few columns flow together as ``[rows, k, units]``, so that the weights' gradients of all of
+them are one product with the layer input (``docs/log.md`` has what else was tried).
 """
 
 from typing import Any
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from natgrad.model_view import ModelView, batch_size
 from natgrad.operators.chain import Chain
 from natgrad.operators.jacobian_products import JacobianProducts, affordable_columns
+
+# So many cotangents flow together on a CPU: more take new memory at every layer, whose pages cost more than is gained.
+_TOGETHER = 2
 
 
 class ChainProducts(JacobianProducts):
@@ -99,8 +102,10 @@ class ChainProducts(JacobianProducts):
             if k == 1:
                 self._cotangent(u.reshape(-1, outputs), self.view.to_dict(found[0]))
             else:
-                rows = u.reshape(k, -1, outputs).transpose(0, 1).contiguous()
-                self._cotangents(rows, self.view.to_dict(found.T))
+                together = _TOGETHER if u.device.type == "cpu" else k
+                for some, places in zip(u.split(together), found.split(together), strict=True):
+                    rows = some.reshape(len(some), -1, outputs).transpose(0, 1).contiguous()
+                    self._cotangents(rows, self.view.to_dict(places.T))
         return found.T
 
     def _cotangent(self, g: Float[Tensor, "rows outputs"], places: dict[str, Tensor]) -> None:
