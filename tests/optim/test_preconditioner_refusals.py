@@ -123,6 +123,22 @@ def computed(model: nn.Sequential) -> None:
     nn.utils.parametrizations.weight_norm(model[2])
 
 
+@pytest.mark.parametrize("expectation", ["sampled", "exact", "empirical"])
+@pytest.mark.parametrize("likelihood", [LIKELIHOOD, ng.Gaussian()], ids=lambda likelihood: type(likelihood).__name__)
+def test_negative_weights_have_no_curvature(expectation: str, likelihood: Any) -> None:
+    """Of a weighted loss's gradients there is a second moment all the same."""
+    model, x = mlp(4, 3, 3), batch()
+    y, weight = targets(likelihood), torch.ones(len(x), dtype=torch.float64)
+    weight[2] = -0.5
+    pre = ng.Preconditioner(model, likelihood, expectation=expectation)
+    if expectation == "empirical":
+        pre.update(x, y, weight=weight)
+        return
+    with pytest.raises(ValueError, match=r"weight: holds negative numbers, down to -0\.5.*'empirical'"):
+        pre.observe(model(x), y, weight=weight)
+    assert not pre._pending
+
+
 CHANGES = {"added": (added, "3.weight"), "replaced": (replaced, "2.weight"), "removed": (removed, "2.weight")}
 CHANGES |= {"assigned": (assigned, "0.weight"), "computed": (computed, r"2.parametrizations.weight")}
 

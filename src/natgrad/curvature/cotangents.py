@@ -142,6 +142,11 @@ def _root_weight(likelihood: Likelihood, z: Tensor, targets: Any, weight: Tensor
 
 
 def _curvature_weight(likelihood: Likelihood, z: Tensor, targets: Any, weight: Tensor | None) -> Tensor | None:
+    if isinstance(weight, Tensor) and weight.device.type == "cpu" and (weight < 0).any():
+        raise ValueError(
+            f"weight: holds negative numbers, down to {float(weight.min()):g}, with which the curvature is no metric; "
+            "leave weight out for that of the plain loss, or use expectation='empirical'"
+        )
     known = getattr(likelihood, "curvature_weight", None)
     if known is not None:
         return known(z, targets, weight=weight)
