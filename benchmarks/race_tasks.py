@@ -69,7 +69,7 @@ def transformer(width: int = 64, layers: int = 2, context: int = 64, batch: int 
     )
 
 
-def cnn(width: int = 8, blocks: int = 1, batch: int = 64, steps: int = 200) -> RaceTask:
+def cnn(width: int = 8, blocks: int = 1, batch: int = 64, steps: int = 120) -> RaceTask:
     """A residual network with batch normalisation on a part of CIFAR-10."""
     script = example("image_classifier")
     images = script.load()
