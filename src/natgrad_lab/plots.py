@@ -135,12 +135,15 @@ def _points(trace: Trace, of: Callable[[Evaluation], float]) -> list[tuple[float
     return [row for row in rows if row[0] > 0 and all(math.isfinite(v) and v > 0 for v in row)]
 
 
-def plain_ticks(axes: matplotlib.axes.Axes, which: str) -> None:
-    """Plain numbers (1, 2, 5, 10 …) on a logarithmic axis, fewer of them the more decades it spans."""
+def plain_ticks(axes: matplotlib.axes.Axes, which: str, *, narrow: bool = False) -> None:
+    """Plain numbers (1, 2, 5, 10 …) on a logarithmic axis, fewer of them the more decades it spans.
+
+    `narrow`: powers of ten alone, where there is little room for long numbers.
+    """
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
-    digits = (1,) if decades > 4 else (1, 2, 5) if decades > 0.8 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    digits = (1,) if narrow or decades > 4 else (1, 2, 5) if decades > 0.8 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     axis.set_major_locator(FixedLocator([digit * 10.0**power for power in powers for digit in digits]))
     axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:,.12g}".replace(",", " ")))

@@ -51,7 +51,7 @@ def figure_9(record: Record) -> Drawing:
         row[0].set_title(name, color=INK["ink"], fontsize=11, loc="left")
         row[0].legend(fontsize=8, frameon=False)
         plain_ticks(row[0], "y")
-        plain_ticks(row[1], "x")
+        plain_ticks(row[1], "x", narrow=True)
         error = max(min(e for e in one["train_error"] if e is not None) for one in found.values())
         for m, one in found.items():
             updates = updates_to(one, error)

@@ -142,7 +142,7 @@ FIXED_SIZE = {
     title="mini-batch size against progress",
     source="[KFAC, fig. 9]",
     full=Size(
-        7 * MINUTE,
+        6 * MINUTE,
         {
             **COMMON,
             "task": "mnist",
