@@ -17,15 +17,20 @@ from natgrad.curvature.gram import Gram
 from natgrad.damping import ExactTikhonov, FactoredTikhonov, check_damping
 from natgrad.linalg.iterative import NewtonSchulz
 from natgrad.linalg.low_rank import DiagonalMinusLowRank, LowRank
+from natgrad.linalg.reflectors import Reflectors
 from natgrad.linalg.spd import safe_eigh, spd_inverse
 
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """``A = Q_A diag(a) Q_Aᵀ`` and ``G = Q_G diag(g) Q_Gᵀ``; None for the basis of a diagonal factor."""
+    """``A = Q_A diag(a) Q_Aᵀ`` and ``G = Q_G diag(g) Q_Gᵀ``; None for the basis of a diagonal factor.
 
-    QA: Float[Tensor, "columns columns"] | None
-    QG: Float[Tensor, "out out"] | None
+    Of a basis in the form of reflections the first columns alone are eigenvectors; a or g is the diagonal of the factor
+    in it.
+    """
+
+    QA: Float[Tensor, "columns columns"] | Reflectors | None
+    QG: Float[Tensor, "out out"] | Reflectors | None
     a: Float[Tensor, " columns"]
     g: Float[Tensor, " out"]
     ok: Bool[Tensor, ""]
@@ -34,17 +39,20 @@ class Eigenbasis:
         self, V: Float[Tensor, "out columns"], out: Float[Tensor, "out columns"] | None = None
     ) -> Float[Tensor, "out columns"]:
         """``Q_Gᵀ V Q_A``: V in the eigenbasis; written to ``out``, another tensor, if it is given."""
-        return _between(None if self.QG is None else self.QG.mT, V, self.QA, out)
+        return _turned(self, V, out, back=False)
 
     def rotate_back(
         self, V: Float[Tensor, "out columns"], out: Float[Tensor, "out columns"] | None = None
     ) -> Float[Tensor, "out columns"]:
         """``Q_G V Q_Aᵀ``: the inverse of :meth:`rotate`."""
-        return _between(self.QG, V, None if self.QA is None else self.QA.mT, out)
+        return _turned(self, V, out, back=True)
 
     def to(self, dtype: torch.dtype) -> "Eigenbasis":
         """The same with eigenvectors in another dtype, in which products with them are then taken."""
         return replace(self, **{key: Q if Q is None else Q.to(dtype) for key, Q in (("QA", self.QA), ("QG", self.QG))})
+
+
+FactorBasis = tuple[Tensor | Reflectors | None, Tensor, Bool[Tensor, ""]]
 
 
 class ExactInverse:
@@ -119,10 +127,10 @@ def eigenbasis(
         ValueError: with ``check``, when a factor is not finite.
     """
     if same_A is None:
-        QA, a, ok_a = _basis(factors.A, check, f"A of {what}")
+        QA, a, ok_a = factor_basis(factors.A, check, f"A of {what}")
     else:
         QA, a, ok_a = same_A.QA, same_A.a, same_A.ok
-    QG, g, ok_g = _basis(factors.G, check, f"G of {what}")
+    QG, g, ok_g = factor_basis(factors.G, check, f"G of {what}")
     return Eigenbasis(QA, QG, a, g, ok_a & ok_g)
 
 
@@ -179,7 +187,17 @@ def invert_block(
     return FactoredInverse(A_inverse, G_inverse, ok_a & ok_g)
 
 
-def _basis(factor: Tensor | Diagonal | Gram, check: bool, what: str) -> tuple[Tensor | None, Tensor, Tensor]:
+def factor_basis(factor: Tensor | Diagonal | Gram, check: bool = False, what: str = "the factor") -> FactorBasis:
+    """The eigenvectors of one factor, its eigenvalues, and whether both can be used.
+
+    Args:
+        factor: A or G; a diagonal one is its own and costs nothing.
+        check: raise instead.
+        what: how an error names the factor.
+
+    Raises:
+        ValueError: with ``check``, when the factor is not finite.
+    """
     if isinstance(factor, Diagonal):
         if check and not torch.isfinite(factor.vector).all():
             raise ValueError(f"{what} holds NaN or infinite values")
@@ -239,16 +257,22 @@ def _check_regular(basis: Eigenbasis, damping: float | Tensor, what: str) -> Non
         )
 
 
-def _between(left: Tensor | None, V: Tensor, right: Tensor | None, out: Tensor | None) -> Tensor:
-    """``left V right``, where None stands for the identity; products in the dtype of left and right."""
-    Q = left if left is not None else right
+def _turned(basis: Eigenbasis, V: Tensor, out: Tensor | None, *, back: bool) -> Tensor:
+    """``Q_Gᵀ V Q_A`` or ``Q_G V Q_Aᵀ``, where None stands for the identity; products in the dtype of the Q."""
+    QG, QA = basis.QG, basis.QA
+    Q = QG if QG is not None else QA
     if Q is not None and Q.dtype != V.dtype:
-        product = _between(left, V.to(Q.dtype), right, None)
+        product = _turned(basis, V.to(Q.dtype), None, back=back)
         return product.to(V.dtype) if out is None else out.copy_(product)
-    if left is not None:
-        V = torch.matmul(left, V, out=out if right is None else None)
-    if right is not None:
-        return torch.matmul(V, right, out=out)
+    if isinstance(QG, Reflectors):
+        into = out if QA is None or isinstance(QA, Reflectors) else None  # reflections work in place, products do not
+        V = QG.left(V, into) if back else QG.left_transposed(V, into)
+    elif QG is not None:
+        V = torch.matmul(QG if back else QG.mT, V, out=out if QA is None else None)
+    if isinstance(QA, Reflectors):
+        return QA.right_transposed(V, out) if back else QA.right(V, out)
+    if QA is not None:
+        return torch.matmul(V, QA.mT if back else QA, out=out)
     return V if out is None or V is out else out.copy_(V)
 
 

@@ -16,12 +16,14 @@ from natgrad.damping import ExactTikhonov
 from natgrad.layers.capture import Capture
 from natgrad.layers.coverage import Coverage, cover
 from natgrad.likelihoods import Likelihood
+from natgrad.linalg.low_rank import LowRank
 from natgrad.model_view import Forward
 from natgrad.operators.chain import Chain
 from natgrad.optim.evaluation import Evaluator
 from natgrad.optim.inverses import LayerInverses
 from natgrad.optim.layer_state import leaders, load_factors, same_keys, same_shape, save_layer
 from natgrad.optim.layout import JointLayout
+from natgrad.optim.leading_bases import LeadingBases
 from natgrad.optim.precision import outside_autocast
 from natgrad.optim.rotations import divergence, rotate, with_rows
 from natgrad.optim.scaling import KLClip
@@ -96,6 +98,7 @@ class EigenAdam(WholeModelOptimizer):
         periods: Periods = Periods(inverses=10, early=(1, 2, 3, 4, 5, 6, 8, 15, 25)),
         decay: float = 0.95,
         static_inputs: Any = None,
+        rank: int | None = 128,
         rotation_dtype: torch.dtype | None = None,
         sharing: str | Mapping[str, str] = "expand",
     ) -> None:
@@ -117,7 +120,7 @@ class EigenAdam(WholeModelOptimizer):
             raise ValueError(f"rotation_dtype={rotation_dtype}: expected a real dtype, such as torch.bfloat16")
         self.rotation_dtype = rotation_dtype
         self._in_use: dict[str, tuple[Eigenbasis, Eigenbasis]] = {}  # a basis, and the same in rotation_dtype
-        self._bases = LayerInverses(ExactTikhonov())
+        self._bases = LayerInverses(ExactTikhonov()) if rank is None else LeadingBases(LowRank(rank))
         self._evaluator = Evaluator(
             self.view,
             likelihood,

@@ -28,6 +28,7 @@ from natgrad.model_view import ModelView, Replay, batch_size, select_rows
 from natgrad.operators.chain import Chain, ChainRecord
 from natgrad.optim.inverses import LayerInverses
 from natgrad.optim.layout import JointLayout
+from natgrad.optim.rotations import rotate_rows
 from natgrad.optim.settings import Subsets
 from natgrad.optim.static import StaticInputs
 
@@ -315,11 +316,9 @@ def _add_products(
     for a, g in pairs:
         a, g = flatten_rows(a), flatten_rows(g)
         if basis is not None and basis.QG is not None:
-            g = (g.to(basis.QG.dtype) @ basis.QG).to(into.dtype)
+            g = rotate_rows(g, basis.QG).to(into.dtype)
         if basis is not None and basis.QA is not None:
-            QA, a = basis.QA, a.to(basis.QA.dtype)
-            rotated = torch.addmm(QA[-1], a, QA[:-1]) if bias else a @ QA
-            into.addmm_(g.T, rotated.to(into.dtype), beta=beta)
+            into.addmm_(g.T, rotate_rows(a, basis.QA, ones=bias).to(into.dtype), beta=beta)
             beta = 1.0
             continue
         if weight:

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.curvature.inverse import Eigenbasis
+from natgrad.layers.factors import with_ones
+from natgrad.linalg.reflectors import Reflectors
 from natgrad.optim.layout import JointLayout
 
 
@@ -58,3 +60,17 @@ def with_rows(basis: Eigenbasis, rows: int) -> tuple[Eigenbasis, Eigenbasis]:
     with_a, with_g = rows < len(basis.g), rows < len(basis.a)
     before = replace(basis, QA=basis.QA if with_a else None, QG=basis.QG if with_g else None)
     return before, replace(basis, QA=None if with_a else basis.QA, QG=None if with_g else basis.QG)
+
+
+def rotate_rows(x: Float[Tensor, "m n"], Q: Tensor | Reflectors, *, ones: bool = False) -> Float[Tensor, "m columns"]:
+    """``x Q`` in the dtype of Q.
+
+    Args:
+        x: rows.
+        Q: a basis.
+        ones: append a column of ones to x.
+    """
+    x = x.to(Q.dtype)
+    if isinstance(Q, Reflectors):
+        return Q.right(with_ones(x, bias=ones))
+    return torch.addmm(Q[-1], x, Q[:-1]) if ones else x @ Q
