@@ -11,16 +11,31 @@ from oracles.kfac import data, gradient_of, mlp, vector
 from torch import nn
 
 import natgrad as ng
-from natgrad.curvature.base import to_dense
+from natgrad.curvature.base import Factors, to_dense
+from natgrad.linalg.low_rank import leading_subspace
+from natgrad.linalg.reflectors import Reflectors
 from natgrad.optim.scaling import KLClip
 from natgrad.optim.settings import Periods, Subsets
 
 EVERY = Subsets(1.0, 1.0)
 
 
-def dense_bases(opt: ng.EigenAdam) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Q_G and Q_A of every layer from the averaged factors; of a diagonal factor the identity."""
+def dense_bases(opt: ng.EigenAdam, rank: int | None = None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Q_G and Q_A of every layer from the averaged factors; of a diagonal factor the identity; reflections as such."""
     found = {}
+    if rank is not None:
+        for name, block in opt._running.factors.items():
+            basis, both = opt._bases.basis(name), []
+            assert basis is not None
+            for Q, M in ((basis.QG, block.G), (basis.QA, block.A)):
+                if isinstance(Q, Reflectors):
+                    assert len(M) >= 2 * rank
+                    Q = Q.to_dense()
+                    U, _ = leading_subspace(to_dense(M), rank, 1, Q[:, :rank])
+                    assert torch.linalg.matrix_norm(U.T @ Q[:, :rank], 2) > 0.99
+                both.append(torch.eye(len(M.vector)).to(block.A) if Q is None else Q)
+            found[name] = both[0], both[1]
+        return found
     for name, block in opt._running.factors.items():
         A, G = to_dense(block.A), to_dense(block.G)
         diagonal = torch.equal(G, torch.diag(G.diagonal()))
@@ -39,31 +54,40 @@ def joint(model: nn.Sequential, flat: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("rank", [None, 2], ids=["whole", "rank 2"])
 @pytest.mark.parametrize("rows", [12, 4], ids=["many rows", "fewer rows than columns"])
 @pytest.mark.parametrize("likelihood", [ng.Gaussian(), ng.Categorical()], ids=["gaussian", "categorical"])
-def test_the_update_is_adams_in_the_eigenbasis(likelihood: Any, rows: int) -> None:
+def test_the_update_is_adams_in_the_eigenbasis(likelihood: Any, rows: int, rank: int | None) -> None:
     """m is the rotated mean of all gradients so far; v's entries stay where they are when the basis is renewed.
 
-    With few rows the gradient is rotated by rotating them: on one side of the first layer, and of the second.
+    With few rows the gradient is rotated by rotating them: on one side of the first layer, and of the second. With a
+    rank the bases of the factors of 4 rows and more are reflections.
     """
     model, (x, y) = mlp(5, 4, 3), data(likelihood, 5, 3, n=rows)
     periods = Periods(inverses=3, early=(1,), statistics=1)
-    settings: dict[str, Any] = {"betas": (0.8, 0.9), "eps": 1e-3, "warmup": 4, "width": 2.0, "clip": None}
-    opt = ng.EigenAdam(model, likelihood, lr=0.02, subsets=EVERY, periods=periods, **settings)
+    settings: dict[str, Any] = {
+        "betas": (0.8, 0.9),
+        "eps": 1e-3,
+        "warmup": 4,
+        "width": 2.0,
+        "clip": None,
+        "anneal": 3.0,
+    }
+    opt = ng.EigenAdam(model, likelihood, lr=0.02, rank=rank, subsets=EVERY, periods=periods, **settings)
     mean: dict[str, torch.Tensor] = {}
     square: dict[str, torch.Tensor] = {}
     for k in range(1, 8):
         before, gradients = joint(model, vector(model)), joint(model, gradient_of(model, likelihood, x, y, 0.0))
         assert opt.step(x, y) == pytest.approx(opt.stats["loss"])
         if k == 1 or k % 3 == 0:
-            bases = dense_bases(opt)
+            bases = dense_bases(opt, rank)
         after = joint(model, vector(model))
         for name, (QG, QA) in bases.items():
             mean[name] = 0.8 * mean.get(name, 0.0) + 0.2 * gradients[name]
             square[name] = 0.9 * square.get(name, 0.0) + 0.1 * (QG.T @ gradients[name] @ QA) ** 2
             m = QG.T @ mean[name] @ QA / (1 - 0.8**k)
             step = QG @ (m / ((square[name] / (1 - 0.9**k)).sqrt() + 1e-3)) @ QA.T
-            expected = before[name] - 0.02 * math.sqrt(2 / step.shape[1]) * min(k / 4, 1) * step
+            expected = before[name] - 0.02 * math.sqrt(2 / step.shape[1]) * min(k / 4, 1) / math.sqrt(1 + k / 3) * step
             torch.testing.assert_close(after[name], expected, rtol=1e-7, atol=1e-9)
     assert len(bases) == 2 and opt.stats["updates"] == 7 and opt.stats["skipped"] == 0
 
@@ -173,7 +197,7 @@ def test_an_uncovered_parameter_takes_adams_own_step_with_decoupled_weight_decay
     model.linear.requires_grad_(False)
     twin = copy.deepcopy(model)
     x, y = data(ng.Gaussian(), 5, 3)
-    opt = ng.EigenAdam(model, ng.Gaussian(), lr=0.05, warmup=0, clip=None, eps=1e-6, weight_decay=0.1)
+    opt = ng.EigenAdam(model, ng.Gaussian(), lr=0.05, warmup=0, anneal=None, clip=None, eps=1e-6, weight_decay=0.1)
     adam = torch.optim.AdamW([twin.scale], lr=0.05, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     for _ in range(5):
         opt.step(x, y)
@@ -199,11 +223,12 @@ def test_a_broken_batch_changes_nothing() -> None:
     assert opt.step(x, y) == other.step(x, y)
 
 
+@pytest.mark.parametrize("rank", [64, 2])
 @pytest.mark.parametrize("through_a_file", [False, True])
-def test_resuming_equals_an_uninterrupted_run(through_a_file: bool) -> None:
+def test_resuming_equals_an_uninterrupted_run(through_a_file: bool, rank: int) -> None:
     likelihood, model = ng.Bernoulli(), mlp(5, 4, 3)
     x, y = data(likelihood, 5, 3, n=40)
-    settings: dict[str, Any] = {"periods": Periods(4, (1, 2)), "subsets": Subsets(0.5, 0.5), "seed": 3}
+    settings: dict[str, Any] = {"periods": Periods(4, (1, 2)), "subsets": Subsets(0.5, 0.5), "seed": 3, "rank": rank}
     opt = ng.EigenAdam(model, likelihood, **settings)
     scheduler = torch.optim.lr_scheduler.StepLR(opt, step_size=3, gamma=0.5)
     for _ in range(5):
@@ -226,7 +251,7 @@ def test_resuming_equals_an_uninterrupted_run(through_a_file: bool) -> None:
     assert torch.equal(vector(again), vector(model)) and dict(resumed.stats) == dict(opt.stats)
     with pytest.raises(ValueError, match="parameter groups of"):
         ng.EigenAdam(mlp(5, 4, 4, 3), likelihood).load_state_dict(state)
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match="shape|lacks"):
         ng.EigenAdam(mlp(5, 6, 3), likelihood).load_state_dict(state)
 
 
@@ -266,3 +291,30 @@ def test_it_evaluates_the_model_itself() -> None:
         opt.step()
     opt.param_groups[0]["lr"] = 0.0
     assert opt.step() is None
+
+
+def test_bases_of_wide_factors_are_reflections_and_those_of_another_rank_are_refused() -> None:
+    model, (x, y) = mlp(9, 4, 3), data(ng.Gaussian(), 9, 3, n=20)
+    opt = ng.EigenAdam(model, ng.Gaussian(), rank=3, static_inputs=x)
+    opt.step(x, y)
+    first = opt._bases.basis("0")
+    assert first is not None and isinstance(first.QA, Reflectors) and isinstance(first.QG, torch.Tensor)
+    opt.step(x, y)
+    second = opt._bases.basis("0")
+    assert second is not None and second.QA is first.QA and second.QG is not first.QG
+    other = ng.EigenAdam(mlp(9, 4, 3), ng.Gaussian(), rank=4, static_inputs=x)
+    with pytest.raises(ValueError, match="QA_Y"):
+        other.load_state_dict(opt.state_dict())
+    with pytest.raises(ValueError, match="anneal=0"):
+        ng.EigenAdam(mlp(3, 2), ng.Gaussian(), anneal=0)
+    with pytest.raises(ValueError, match="rank=0"):
+        ng.EigenAdam(mlp(3, 2), ng.Gaussian(), rank=0)
+
+
+def test_a_failed_basis_is_counted_and_the_last_one_kept() -> None:
+    model, (x, y) = mlp(9, 4, 3), data(ng.Gaussian(), 9, 3, n=20)
+    opt = ng.EigenAdam(model, ng.Gaussian(), rank=3)
+    opt.step(x, y)
+    kept, block = opt._bases.basis("0"), opt._running.factors["0"]
+    opt._bases.refresh({"0": Factors(torch.full_like(block.A, torch.nan), block.G)})
+    assert opt._bases.failures == 1 and opt._bases.basis("0") is kept

@@ -6,6 +6,7 @@ each side.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,6 +21,10 @@ from natgrad.linalg.low_rank import DiagonalMinusLowRank, LowRank
 from natgrad.linalg.reflectors import Reflectors
 from natgrad.linalg.spd import safe_eigh, spd_inverse
 
+# A matrix or None; in EigenAdam's bases Reflectors too, which the users of whole eigenbases need not know of.
+Vectors = Any
+FactorBasis = tuple[Vectors, Tensor, Bool[Tensor, ""]]
+
 
 @dataclass(frozen=True)
 class Eigenbasis:
@@ -29,8 +34,8 @@ class Eigenbasis:
     in it.
     """
 
-    QA: Float[Tensor, "columns columns"] | Reflectors | None
-    QG: Float[Tensor, "out out"] | Reflectors | None
+    QA: Vectors
+    QG: Vectors
     a: Float[Tensor, " columns"]
     g: Float[Tensor, " out"]
     ok: Bool[Tensor, ""]
@@ -50,9 +55,6 @@ class Eigenbasis:
     def to(self, dtype: torch.dtype) -> "Eigenbasis":
         """The same with eigenvectors in another dtype, in which products with them are then taken."""
         return replace(self, **{key: Q if Q is None else Q.to(dtype) for key, Q in (("QA", self.QA), ("QG", self.QG))})
-
-
-FactorBasis = tuple[Tensor | Reflectors | None, Tensor, Bool[Tensor, ""]]
 
 
 class ExactInverse:

@@ -44,9 +44,11 @@ class EigenAdam(WholeModelOptimizer):
 
     with m̂ and v̂ corrected for their start at zero and, for a layer of n inputs, ``lr √(width / n)`` in the place of lr:
     a unit's weights then move as far in a wide layer as in a narrow one. A new basis re-rotates m and leaves v as it
-    was. An update that would move the model's distribution too far is shortened (``clip``). Parameters that no layer's
-    factors cover take Adam's own step. The learning rate is an ordinary one and rises linearly over the first
-    ``warmup`` updates; any ``lr_scheduler`` works::
+    was. Of a wide factor the leading eigenvectors alone are found (``rank``), and the basis is completed by as little
+    as it takes, so that beyond them m and v are about Adam's own. An update that would move the model's distribution
+    too far is shortened (``clip``). Parameters that no layer's factors cover take Adam's own step. The learning rate is
+    an ordinary one; it rises linearly over the first ``warmup`` updates and falls as ``1 / √(1 + k / anneal)``. Any
+    ``lr_scheduler`` works besides::
 
         optimizer = ng.EigenAdam(model, likelihood, lr=1.2e-2)
         loss = optimizer.step(x, y)
@@ -59,6 +61,8 @@ class EigenAdam(WholeModelOptimizer):
         eps: ε.
         weight_decay: decoupled, as in ``torch.optim.AdamW``.
         warmup: updates until the learning rate is reached.
+        anneal: updates after which it is 1/√2 of that, for the noise of an update is in proportion to it. None: it
+            stays.
         width: the number of inputs of a layer in which lr is the learning rate; None: in all of them.
         clip: bounds ``½ δᵀ F̆ δ`` of an update δ, about the Kullback-Leibler divergence between the distributions before
             and after it: a longer δ is shortened. None: no bound.
@@ -68,6 +72,8 @@ class EigenAdam(WholeModelOptimizer):
         periods: how often the factors take in an estimate, and how often they are decomposed.
         decay: the cap on ε in the decayed averages of the factors.
         static_inputs: as for :class:`natgrad.KFAC`.
+        rank: how many eigenvectors are found of a factor of at least twice as many rows, by one step of subspace
+            iteration from the last ones; None: all of every factor, by a whole decomposition.
         rotation_dtype: of the products with eigenvectors, such as ``torch.bfloat16`` where the hardware multiplies it
             faster; None: that of the parameters. Moments, factors and decompositions stay in theirs.
         sharing: as for :func:`natgrad.kronecker_fisher`.
@@ -90,6 +96,7 @@ class EigenAdam(WholeModelOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         warmup: int = 5,
+        anneal: float | None = 20.0,
         width: float | None = 400,
         clip: KLClip | None = KLClip(0.25),
         seed: int = 0,
@@ -98,7 +105,7 @@ class EigenAdam(WholeModelOptimizer):
         periods: Periods = Periods(inverses=10, early=(1, 2, 3, 4, 5, 6, 8, 15, 25)),
         decay: float = 0.95,
         static_inputs: Any = None,
-        rank: int | None = 128,
+        rank: int | None = 64,
         rotation_dtype: torch.dtype | None = None,
         sharing: str | Mapping[str, str] = "expand",
     ) -> None:
@@ -108,10 +115,14 @@ class EigenAdam(WholeModelOptimizer):
             raise ValueError(f"eps={eps}, weight_decay={weight_decay}: expected a positive and a non-negative number")
         if warmup < 0:
             raise ValueError(f"warmup={warmup}: expected a number of updates, 0 for none")
+        if anneal is not None and not 0 < anneal < math.inf:
+            raise ValueError(f"anneal={anneal}: expected a number of updates, such as 20, or None for a constant lr")
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank={rank}: expected a number of eigenvectors, such as 64, or None for all")
         if width is not None and not 0 < width < math.inf:
             raise ValueError(f"width={width}: expected a number of inputs, such as 400, or None")
         super().__init__(model, likelihood, lr=lr, seed=seed, forward=forward)
-        self.betas, self.eps, self.weight_decay, self.warmup = betas, eps, weight_decay, warmup
+        self.betas, self.eps, self.weight_decay, self.warmup, self.anneal = betas, eps, weight_decay, warmup, anneal
         self.subsets, self.periods, self.width, self.clip = subsets, periods, width, clip
         self._coverage = cover(self.view, "identity", "block_diagonal", sharing)
         self.layout = JointLayout(self.view, self._coverage)
@@ -244,7 +255,7 @@ class EigenAdam(WholeModelOptimizer):
             amsgrad=False,
             beta1=self.betas[0],
             beta2=self.betas[1],
-            lr=min(self._update_number / max(self.warmup, 1), 1.0),
+            lr=self._schedule(),
             weight_decay=0.0,
             eps=self.eps,
             maximize=False,
@@ -262,6 +273,11 @@ class EigenAdam(WholeModelOptimizer):
             if self.weight_decay:
                 parameter.mul_(1 - lr * self.weight_decay * finite.to(parameter.dtype))
             parameter.add_(step, alpha=lr)
+
+    def _schedule(self) -> float:
+        """``min(k / warmup, 1) / √(1 + k / anneal)`` at update k."""
+        k = self._update_number
+        return min(k / max(self.warmup, 1), 1.0) / math.sqrt(1 + k / self.anneal if self.anneal else 1.0)
 
     def _share(self, name: str) -> float:
         """``√(width / n)`` of a layer with n inputs; 1 where A is diagonal: one input at a time, as in an embedding."""

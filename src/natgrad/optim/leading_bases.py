@@ -34,11 +34,11 @@ class LeadingBases(LayerInverses):
         """Find bases anew; a layer where that fails keeps what it had."""
         for name, block in factors.items():
             kept = self.basis(name)
-            same_A = kept if name in self.constant else None
-            QA, a, ok_a = (
-                self._renewed(block.A, kept and kept.QA) if same_A is None else (same_A.QA, same_A.a, same_A.ok)
-            )
-            QG, g, ok_g = self._renewed(block.G, kept and kept.QG)
+            if kept is not None and name in self.constant:
+                QA, a, ok_a = kept.QA, kept.a, kept.ok
+            else:
+                QA, a, ok_a = self._renewed(block.A, None if kept is None else kept.QA)
+            QG, g, ok_g = self._renewed(block.G, None if kept is None else kept.QG)
             new = Eigenbasis(QA, QG, a, g, ok_a & ok_g)
             if bool(new.ok):
                 self._kept[name] = new
@@ -80,7 +80,7 @@ class LeadingBases(LayerInverses):
             else:
                 bases.append(Reflectors(*(state[part].clone() for part in parts)) if known else None)
         a, g = state["a"].clone(), state["g"].clone()
-        self._kept[name] = Eigenbasis(*bases, a, g, torch.ones((), dtype=torch.bool, device=a.device))
+        self._kept[name] = Eigenbasis(bases[0], bases[1], a, g, torch.ones((), dtype=torch.bool, device=a.device))
 
     def _parts(self, key: str, shape: Sequence[int]) -> dict[str, Sequence[int]]:
         """The names and shapes of what a checkpoint holds of a basis; nothing of a diagonal factor's."""
