@@ -221,7 +221,7 @@ def _objects(arguments: dict[str, Any], task: Any) -> dict[str, Any]:
     """A recipe's plain values as arguments of `natgrad.KFAC` and its relatives.
 
     A mapping becomes the settings object that the argument takes; `"static_inputs": true` becomes the training inputs,
-    the name of a dtype that dtype.
+    a number so many of them, the name of a dtype that dtype.
     """
     from natgrad.optim import settings
 
@@ -232,8 +232,9 @@ def _objects(arguments: dict[str, Any], task: Any) -> dict[str, Any]:
         "guard": settings.StepGuard,
     }
     made = {k: objects[k](**v) if k in objects and isinstance(v, dict) else v for k, v in arguments.items()}
-    if made.pop("static_inputs", False):
-        made["static_inputs"] = task.x_train
+    rows = made.pop("static_inputs", False)
+    if rows:
+        made["static_inputs"] = task.x_train if rows is True else task.x_train[:rows]
     if "rotation_dtype" in made:
         made["rotation_dtype"] = getattr(torch, str(made["rotation_dtype"]))
     return made

@@ -47,10 +47,10 @@ class EigenAdam(WholeModelOptimizer):
     was. Of a wide factor the leading eigenvectors alone are found (``rank``), and the basis is completed by as little
     as it takes, so that beyond them m and v are about Adam's own. An update that would move the model's distribution
     too far is shortened (``clip``). Parameters that no layer's factors cover take Adam's own step. The learning rate is
-    an ordinary one; it rises linearly over the first ``warmup`` updates and falls as ``1 / √(1 + k / anneal)``. Any
-    ``lr_scheduler`` works besides::
+    an ordinary one; it rises linearly over the first ``warmup`` updates and, with ``anneal``, falls as ``1 / √(1 + k /
+    anneal)``. Any ``lr_scheduler`` works besides. Layers of hundreds of units are fast with a rank::
 
-        optimizer = ng.EigenAdam(model, likelihood, lr=1.2e-2)
+        optimizer = ng.EigenAdam(model, likelihood, lr=1.2e-2, rank=64, anneal=20)
         loss = optimizer.step(x, y)
 
     Args:
@@ -61,8 +61,8 @@ class EigenAdam(WholeModelOptimizer):
         eps: ε.
         weight_decay: decoupled, as in ``torch.optim.AdamW``.
         warmup: updates until the learning rate is reached.
-        anneal: updates after which it is 1/√2 of that, for the noise of an update is in proportion to it. None: it
-            stays.
+        anneal: updates after which it is 1/√2 of that: a short run ends where the noise of an update, which is in
+            proportion to it, lets it. None: it stays.
         width: the number of inputs of a layer in which lr is the learning rate; None: in all of them.
         clip: bounds ``½ δᵀ F̆ δ`` of an update δ, about the Kullback-Leibler divergence between the distributions before
             and after it: a longer δ is shortened. None: no bound.
@@ -96,7 +96,7 @@ class EigenAdam(WholeModelOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         warmup: int = 5,
-        anneal: float | None = 20.0,
+        anneal: float | None = None,
         width: float | None = 400,
         clip: KLClip | None = KLClip(0.25),
         seed: int = 0,
@@ -105,7 +105,7 @@ class EigenAdam(WholeModelOptimizer):
         periods: Periods = Periods(inverses=10, early=(1, 2, 3, 4, 5, 6, 8, 15, 25)),
         decay: float = 0.95,
         static_inputs: Any = None,
-        rank: int | None = 64,
+        rank: int | None = None,
         rotation_dtype: torch.dtype | None = None,
         sharing: str | Mapping[str, str] = "expand",
     ) -> None:
