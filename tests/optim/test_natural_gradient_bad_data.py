@@ -55,6 +55,7 @@ def test_a_loss_without_a_metric() -> None:
         (lambda x: x[:0], "metric_inputs: the batch is empty"),
         (lambda x: (x, x), r"metric_inputs: \[12, 4\] torch.float64 and \[12, 4\]"),
         (lambda x: "words", "metric_inputs: expected a tensor"),
+        (lambda x: {"pixels": x}, "metric_inputs: a dict of 'pixels'; expected what inputs are, no dict"),
     ],
 )
 def test_metric_inputs_that_do_not_fit(metric, message) -> None:

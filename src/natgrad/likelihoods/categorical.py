@@ -69,7 +69,7 @@ class Categorical(Normalised):
                 reduction="none",
             )
         except IndexError as error:
-            raise ValueError(f"targets: {error}; {self._expected_range(z)}") from error
+            raise ValueError(f"targets: {str(error).rstrip('.')}; {self._expected_range(z)}") from error
 
     def elements(self, z: Tensor, y: Tensor | None, weight: Tensor | None) -> Tensor:
         """The number of positions that are neither ignored nor of weight zero."""

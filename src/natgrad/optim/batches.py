@@ -110,11 +110,22 @@ def check_same_form(name: str, given: Any, inputs: Any) -> None:
         inputs: of the batch.
 
     Raises:
-        ValueError: another number of tensors, another dtype, or examples of another shape.
+        ValueError: another number of tensors, another dtype, examples of another shape, or a dict of other keys.
     """
+    keys, wanted = _keys(given), _keys(inputs)
+    if keys != wanted:
+        raise ValueError(f"{name}: {_what(keys)}; expected what inputs are, {_what(wanted)}")
     found, expected = _forms(given), _forms(inputs)
     if [form[1:] for form in found] != [form[1:] for form in expected]:
         raise ValueError(f"{name}: {_described(found)}; expected what inputs have, {_described(expected)}")
+
+
+def _keys(inputs: Any) -> list[str] | None:
+    return sorted(map(str, inputs)) if isinstance(inputs, Mapping) else None
+
+
+def _what(keys: list[str] | None) -> str:
+    return "no dict" if keys is None else f"a dict of {', '.join(map(repr, keys))}"
 
 
 def _forms(inputs: Any) -> list[tuple[int, torch.dtype, torch.Size]]:
