@@ -235,3 +235,32 @@ def test_copies_frozen_parts_and_passes_without_a_record() -> None:
     with pytest.raises(RuntimeError):
         model(draw(4, 5, 7))
     assert not torch.overrides._get_current_function_mode_stack() and torch.equal(model(x).detach(), z.detach())
+
+
+@pytest.mark.parametrize("make", [lambda: nn.GRU(3, 4), lambda: nn.GRUCell(3, 4), lambda: nn.MultiheadAttention(3, 1)])
+def test_two_preconditioners_see_the_same(make: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = make()
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if isinstance(self.layer, nn.GRUCell):
+                return self.layer(x[0], self.layer(x[1]))
+            return (self.layer(x, x, x) if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x))[0][-1]
+
+    model, x = Model(), draw(2, 5, 3)
+    pres = [ng.Preconditioner(model, ng.Gaussian(), expectation="exact") for _ in range(2)]
+    z = model(x)
+    for pre in pres:
+        pre.observe(z)
+    found = [pre._pending.take(torch.device("cpu"), 1) for pre in pres]
+    for name, sums in found[0].layers.items():
+        assert torch.equal(sums.A, found[1].layers[name].A) and torch.equal(sums.G, found[1].layers[name].G)
+        assert sums.A.abs().sum() > 0 and sums.G.abs().sum() > 0
+    assert not torch.overrides._get_current_function_mode_stack()
+    expected = ng.kronecker_fisher(model, ng.Gaussian(), x.transpose(0, 1), forward=lambda m, t: m(t.transpose(0, 1)))
+    for name, factors in ng.curvature.base.factors_from(found[0]).items():
+        torch.testing.assert_close(factors.to_dense(), expected.factors[name].to_dense())

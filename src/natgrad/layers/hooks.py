@@ -1,7 +1,7 @@
 """The forward hooks that a capture puts on layers. They hold it weakly, and copies of them are inert."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -73,6 +73,11 @@ class EnterCall(LayerHook):
             if record is not None and which in names:
                 record._add(names[which], a, output, module, slot, arrange)
 
+        for running in torch.overrides._get_current_function_mode_stack():
+            if type(running) is self._interceptor and running.layer is module:  # another capture's: both are told
+                running.seen = _both(running.seen, seen)
+                self._running.append(None)
+                return
         mode = self._interceptor(module, seen)
         mode.__enter__()
         self._running.append(mode)
@@ -99,8 +104,9 @@ class LeaveCall(LayerHook):
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:  # pyrefly: ignore[bad-override]
         """End."""
-        if self._running:
-            self._running.pop().__exit__(None, None, None)
+        mode = self._running.pop() if self._running else None
+        if mode is not None:
+            mode.__exit__(None, None, None)
 
 
 def around_call(
@@ -109,6 +115,14 @@ def around_call(
     """The pair of hooks that records one layer from the inside."""
     running: list[Any] = []
     return EnterCall(capture, layer, names, running, interceptor), LeaveCall(capture, layer, running)
+
+
+def _both(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
+    def seen(*call: Any) -> None:
+        first(*call)
+        second(*call)
+
+    return seen
 
 
 def foreign_hooks(module: nn.Module) -> bool:
