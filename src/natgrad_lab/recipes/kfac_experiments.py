@@ -225,7 +225,7 @@ FACES = {
     **ONE_SEED,
     "task": "faces",
     "methods": {name: METHODS[name] for name in OF_FACES},
-    "updates": {"baseline": 600, "defaults, block-tridiagonal": 20, "defaults, block-diagonal": 28},
+    "updates": {"baseline": 3000, "defaults, block-tridiagonal": 60, "defaults, block-diagonal": 80},
     "compared": {"defaults": COMPARED["defaults"]},
     "seeds": {name: [0] for name in OF_FACES},
 }
@@ -265,7 +265,7 @@ def figure_10_mnist(run: Run) -> None:
     "kfac-fig10-faces",
     title="FACES: error by time, by iteration (10, 11)",
     source="[KFAC, figs. 10, 11]",
-    full=Size(5 * MINUTE, FACES),
+    full=Size(15 * MINUTE, FACES),
     quick=Size(5, {**FEW, "task": "digits"}),
 )
 def figure_10_faces(run: Run) -> None:
