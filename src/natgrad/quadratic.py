@@ -72,6 +72,36 @@ def best_coefficients(model: Subspace, collinear: float | None = None) -> Float[
     return torch.where(regular & torch.isfinite(pair).all(), pair, single)
 
 
+def part_coefficients(model: Subspace, ridge: float, least: float) -> Float[Tensor, " k"]:
+    r"""How much of each part to take of a direction ``d = Σ_l d_l``.
+
+    ``c`` minimises ``slope · c + ½ cᵀ (C + ridge · diag(C)) c``: the ridge is for a curvature C that is known from a
+    few rows only. No ``c_l`` is less than the share ``least`` of ``−slope_l / C_ll``, what the part would get alone.
+    The result is scaled such that ``∇h · Σ c_l d_l = ∇h · d``. A part that has no slope below zero or no curvature gets
+    the mean of the others.
+
+    Args:
+        model: M on the parts.
+        ridge: see above; positive.
+        least: see above; at least 0.
+
+    Returns:
+        the coefficients; not a number where no part has a slope below zero.
+    """
+    curvature = model.curvature.diagonal()
+    own = -model.slope / curvature
+    telling = torch.isfinite(own) & (own > 0) & (curvature > 0)
+    # a row and column of the identity in the place of those of a part that tells nothing
+    system = torch.where(telling[:, None] & telling, model.curvature, 0.0)
+    system = system + torch.diag(torch.where(telling, ridge * curvature, 1.0))
+    joint, info = torch.linalg.solve_ex(system, torch.where(telling, -model.slope, 0.0))
+    found = torch.where((info == 0) & torch.isfinite(joint).all(), joint, own)
+    found = torch.where(telling, torch.maximum(found, least * own), 0.0)
+    slope = torch.where(telling, model.slope, 0.0)
+    found = found * slope.sum() / (slope @ found)
+    return torch.where(telling, found, found.sum() / telling.sum())
+
+
 def reduction_ratio(actual: Float[Tensor, ""], predicted: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """``ρ = (h(θ+δ) − h(θ)) / (M(δ) − M(0))`` [KFAC, sec. 6.5]: both on the same data and both with the l2 term.
 

@@ -84,7 +84,7 @@ def test_gamma_is_tied_to_lambda_and_an_inverse_is_as_old_as_its_decomposition(f
     likelihood, model, l2, ratio = ng.Bernoulli(), mlp(4, 3, 3), 0.02, 3.0
     x, y = data(likelihood, 4, 3)
     damping = Damping(0.3, form, LevenbergMarquardt(every=1, decay=0.8), ratio=ratio)
-    settings = {"momentum": False, "guard": None, "subsets": EVERY_ROW, "periods": Periods(inverses=3, early=(1,))}
+    settings = FIXED | {"momentum": False, "periods": Periods(inverses=3, early=(1,))}
     opt = ng.KFAC(model, likelihood, damping=damping, l2=l2, **settings)
     lam, factors, kept = 0.3, None, 0.0
     for k in range(1, 8):
@@ -143,6 +143,7 @@ def test_paper_constants() -> None:
     assert opt.damping.rule == LevenbergMarquardt(every=5, decay=19 / 20, minimum=0.0)
     assert opt.damping.gamma == GreedyGamma(every=20, decay=19 / 20, quality="model", bounded=False, minimum=0.0)
     assert opt.damping.form == FactoredTikhonov("trace")
+    assert not opt.coefficients.active
     assert (opt.subsets, opt.periods, opt.guard) == (Subsets(1 / 8, 1 / 4), Periods(20, (1, 2, 3), 1), None)
     assert opt.momentum and opt.param_groups[0]["lr"] == 1.0
     assert opt._gamma.item() == math.sqrt(150.0 + 1e-5)  # whatever the ratio of other settings

@@ -11,7 +11,7 @@ from torch import nn
 import natgrad as ng
 from natgrad.curvature.inverse import invert_block
 from natgrad.operators.kronecker import layer_index
-from natgrad.optim.settings import Damping, Subsets
+from natgrad.optim.settings import Damping, Rescaling, Subsets
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
@@ -25,7 +25,13 @@ def test_the_first_update_is_along_the_dense_proposal(name: str, form: Any, shar
     gradient = nn.utils.parameters_to_vector(torch.autograd.grad(likelihood.nll(model(x), y), list(model.parameters())))
     F = ng.Fisher(model, likelihood, x).to_dense()
     opt = ng.KFAC(
-        model, likelihood, damping=Damping(lam, form, rule=None), subsets=Subsets(1, 1), guard=None, sharing=sharing
+        model,
+        likelihood,
+        damping=Damping(lam, form, rule=None),
+        subsets=Subsets(1, 1),
+        guard=None,
+        rescaling=Rescaling(layers=False),
+        sharing=sharing,
     )
     opt.step(x, y)
     direction = torch.zeros_like(before)

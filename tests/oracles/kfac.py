@@ -11,13 +11,14 @@ from torch import Tensor, nn
 import natgrad as ng
 from natgrad.curvature.base import Factors
 from natgrad.damping import ExactTikhonov
-from natgrad.optim.settings import Periods, StepGuard, Subsets
+from natgrad.optim.settings import Periods, Rescaling, StepGuard, Subsets
 from oracles.preconditioning import mlp
 
 __all__ = [
     "EVERY_ROW",
     "FIXED",
     "NO_UPDATE",
+    "WHOLE",
     "data",
     "dense_factors",
     "dense_proposal",
@@ -30,8 +31,9 @@ __all__ = [
 ]
 
 EVERY_ROW = Subsets(1.0, 1.0)
-# Nothing is estimated from a part of the batch, nothing is rejected and no inverse is old.
-FIXED = {"subsets": EVERY_ROW, "guard": None, "periods": Periods(inverses=1)}
+WHOLE = Rescaling(layers=False)
+# Nothing is estimated from a part of the batch, nothing is rejected, no inverse is old and no layer has its own scale.
+FIXED = {"subsets": EVERY_ROW, "guard": None, "periods": Periods(inverses=1), "rescaling": WHOLE}
 # Every update is rejected: the parameters stay while the factors are averaged.
 NO_UPDATE = StepGuard(threshold=math.inf, raise_damping=1.0)
 

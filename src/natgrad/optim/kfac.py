@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from natgrad.curvature.base import Statistics, factors_from
 from natgrad.curvature.running import RunningFactors, mean_eigenvalue
-from natgrad.damping import FactoredTikhonov
-from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
 from natgrad.layers.capture import Capture
 from natgrad.layers.coverage import Coverage, Uncovered, cover
 from natgrad.likelihoods import Likelihood
@@ -32,10 +30,11 @@ from natgrad.optim.layout import JointLayout
 from natgrad.optim.local_model import LocalModel
 from natgrad.optim.precision import outside_autocast
 from natgrad.optim.proposal import Proposals
+from natgrad.optim.rescaling import LayerCoefficients
 from natgrad.optim.select import keep_where
-from natgrad.optim.settings import Damping, Periods, StepGuard, Subsets
+from natgrad.optim.settings import Damping, Periods, Rescaling, StepGuard, Subsets, published
 from natgrad.optim.stats import Stats
-from natgrad.optim.structures import check_structure, damping_for, inverses_for, static_for
+from natgrad.optim.structures import check_structure, damping_for, inverses_for, rescaling_for, static_for
 from natgrad.optim.trials import best_gamma
 from natgrad.quadratic import Subspace, best_coefficients
 
@@ -63,6 +62,7 @@ class KFAC(torch.optim.Optimizer):
         periods: T₃, the early refreshes, and how often the factors take in an estimate.
         guard: when an update is shortened or rejected, or None to accept every one.
         decay: the cap on ε in the decayed averages of the factors, ``ε = min(1 − 1/k, decay)``.
+        rescaling: whether each layer's part of Δ gets a coefficient of its own beside α.
         static_inputs: all inputs of the training set, where first layers see them unchanged: their A is computed once.
         uncovered: trainable parameters that no factor covers: ``"error"``, ``"identity"`` or ``"diagonal"``.
         sharing: how the positions of an example count, as for :func:`natgrad.kronecker_fisher`.
@@ -86,10 +86,11 @@ class KFAC(torch.optim.Optimizer):
         momentum: bool = True,
         seed: int = 0,
         forward: Forward | None = None,
-        subsets: Subsets = Subsets(1 / 16, 1 / 16, minimum=64, early=256),
+        subsets: Subsets = Subsets(1 / 16, 1 / 16, minimum=64, early=128),
         periods: Periods = Periods(),
         guard: StepGuard | None = StepGuard(),
         decay: float = 0.95,
+        rescaling: Rescaling = Rescaling(),
         static_inputs: Any = None,
         uncovered: Uncovered = "error",
         sharing: str | Mapping[str, str] = "expand",
@@ -137,6 +138,7 @@ class KFAC(torch.optim.Optimizer):
         self._gamma = (self._lam + l2).sqrt()
         self._running = RunningFactors(decay)
         self.proposals = Proposals(self.layout, self._running, inverses, l2)
+        self.coefficients = LayerCoefficients(self.layout, rescaling_for(structure, rescaling))
         self.local = LocalModel(view, likelihood, self.layout, chain, l2)
         (self._previous,) = self.layout.buffers(1)  # δ₀; the gradient and Δ live as long as a step
         self._counts = {key: scalar.clone() for key in ("skipped", "rejected", "shortened")}
@@ -150,14 +152,7 @@ class KFAC(torch.optim.Optimizer):
         trace-norm π, the greedy γ rule on M(δ), τ₁ = 1/8, τ₂ = 1/4, ε = min(1 − 1/k, 0.95), η = 10⁻⁵, inverses at k ≤
         3; no step guard and no other bound.
         """
-        published: dict[str, Any] = {
-            "damping": Damping(150.0, FactoredTikhonov(pi="trace"), LevenbergMarquardt(), GreedyGamma()),
-            "subsets": Subsets(1 / 8, 1 / 4),
-            "periods": Periods(inverses=20, early=(1, 2, 3), statistics=1),
-            "guard": None,
-            "decay": 0.95,
-        }
-        return cls(model, likelihood, l2=l2, **{**published, **settings})
+        return cls(model, likelihood, l2=l2, **{**published(), **settings})
 
     @torch.no_grad()
     @outside_autocast
@@ -212,7 +207,7 @@ class KFAC(torch.optim.Optimizer):
         if not self._started:
             self._start(finite)
         elif self.periods.due(self._update_number):
-            self.proposals.refresh(self._gamma**2)
+            self._refresh()
         self._adapt_gamma(evaluation)
         self._update(evaluation, finite)
         return evaluation.loss.to(self._previous.dtype)
@@ -258,7 +253,12 @@ class KFAC(torch.optim.Optimizer):
         self._started = True
         self._lam = self.damping.start * mean_eigenvalue(self._running.factors).to(self._lam.dtype)
         self._tie_gamma(start=True)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """New inverses; new coefficients with the next proposal."""
         self.proposals.refresh(self._gamma**2)
+        self.coefficients.due = True
 
     def _directions(self, proposal: Float[Tensor, " size"]) -> list[Float[Tensor, " size"]]:
         """Δ, and with momentum δ₀."""
@@ -278,9 +278,9 @@ class KFAC(torch.optim.Optimizer):
             candidates = rule.candidates(self._gamma, damping.sqrt())
             directions = self._directions(self.layout.empty())
             self._gamma = best_gamma(
-                self.local, self.proposals, evaluation, candidates, rule.quality, damping, directions
+                self.local, self.proposals, self.coefficients, evaluation, candidates, rule.quality, damping, directions
             )
-            self.proposals.refresh(self._gamma**2)
+            self._refresh()
 
     def _add_l2(self, gradient: Float[Tensor, " size"]) -> None:
         if self.l2:
@@ -292,6 +292,8 @@ class KFAC(torch.optim.Optimizer):
         damping = self._lam + self.l2
         proposal = self.layout.empty()
         self.proposals.write(evaluation, self._gamma**2, proposal)
+        self.coefficients.renew(self.local, evaluation, proposal, damping, finite)
+        self.coefficients.apply(proposal)
         directions = self._directions(proposal)
         products = self.layout.inner_products([evaluation.gradient, *directions], directions)
         rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}

@@ -77,6 +77,7 @@ def save_numbers(kfac: "KFAC") -> dict[str, Any]:
         **{key: float(count) for key, count in kfac._counts.items()},
         "failed_inverses": kfac.proposals.inverses.failures,
         "generator": kfac._generator.get_state(),
+        "coefficients": kfac.coefficients.values.clone(),
         **kfac.proposals.inverses.save_order(),
     }
 
@@ -98,7 +99,7 @@ def check(kfac: "KFAC", state: Any) -> tuple[Mapping[str, Any], list[Mapping[str
             f"state_dict: parameter groups of {found} parameters; this model has one of {len(kfac.view.names)}"
         )
     numbers = groups[0]
-    missing = [key for key in ("version", "generator", *_NUMBERS) if key not in numbers]
+    missing = [key for key in ("version", "generator", "coefficients", *_NUMBERS) if key not in numbers]
     if missing:
         raise ValueError(f"state_dict['param_groups'][0] lacks {missing}: it is the state of another optimiser")
     if numbers["version"] != _VERSION:
@@ -107,6 +108,7 @@ def check(kfac: "KFAC", state: Any) -> tuple[Mapping[str, Any], list[Mapping[str
         if not isinstance(numbers[key], int | float) or numbers[key] < 0:
             raise ValueError(f"state_dict: {key} is {numbers[key]!r}; expected a number that is not negative")
     same_shape("state_dict: generator", kfac._generator.get_state(), numbers["generator"])
+    same_shape("state_dict: coefficients", kfac.coefficients.values, numbers["coefficients"])
     names = numbers.get("param_names")
     if names is not None and list(names) != list(kfac.view.names):
         other = next((f"{a!r} for {b!r}" for a, b in zip(names, kfac.view.names, strict=True) if a != b), "")
@@ -135,6 +137,7 @@ def load(kfac: "KFAC", numbers: Mapping[str, Any], tensors: list[Mapping[str, Te
     kfac.proposals.inverses = kfac._evaluator.inverses = kfac.proposals.inverses.in_order(numbers)
     kfac.proposals.inverses.failures = int(numbers["failed_inverses"])
     kfac._generator.set_state(numbers["generator"].cpu())
+    kfac.coefficients.values = numbers["coefficients"].to(kfac.coefficients.values, copy=True)
     for key, count in kfac._counts.items():
         count.fill_(numbers[key])
     known = kfac._update_number > 0

@@ -21,6 +21,9 @@ class JointLayout:
     Args:
         view: the model; its trainable parameters are laid out.
         coverage: the layers whose trainable weight and bias form one block each.
+
+    Attributes:
+        segments: the part of each block, and one for all parameters that no block holds.
     """
 
     def __init__(self, view: ModelView, coverage: Coverage) -> None:
@@ -41,6 +44,9 @@ class JointLayout:
                 self._others[name] = (slice(offset, offset + parameter.numel()), parameter.shape)
                 offset += parameter.numel()
         self.size = offset
+        wheres = [where for where, _ in self.block_slices.values()]
+        rest = slice(wheres[-1].stop if wheres else 0, offset)
+        self.segments: list[slice] = [*wheres, rest] if rest.start < rest.stop else wheres
         self.names = tuple(parameters)
         self._kept: dict[int, tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]] = {}
 

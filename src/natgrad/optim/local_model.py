@@ -4,7 +4,7 @@
 app. C].
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,30 @@ class LocalModel:
             slope_rows = slope_rows + self.l2 * torch.stack([self._dot_parameters(d) for d in directions]).double()
         return Subspace(slope, curvature, gram), Subspace(slope_rows, curvature, gram)
 
+    def parts(
+        self,
+        tapes: Sequence[Tape],
+        gradient: Float[Tensor, " size"],
+        direction: Float[Tensor, " size"],
+        damping: Tensor,
+    ) -> Subspace:
+        """M over the span of a direction's parts: that of each layer, and that of the parameters that no block holds.
+
+        Args:
+            tapes: the curvature rows.
+            gradient: ∇h of the whole batch, l2 term included.
+            direction: d.
+            damping: λ + η.
+        """
+        segments = self.layout.segments
+        slope = torch.stack([torch.dot(gradient[where], direction[where]) for where in segments]).double()
+        squares = torch.stack([torch.dot(direction[where], direction[where]) for where in segments]).double()
+        count = torch.stack([tape.count.to(torch.float64) for tape in tapes]).sum()
+        fisher = torch.zeros(len(segments), len(segments), dtype=torch.float64, device=slope.device)
+        for tape in tapes:
+            fisher += _fisher_gram(self.likelihood, tape, self._part_tangents(tape, direction))
+        return Subspace(slope, fisher / count + torch.diag(damping * squares))
+
     def penalty(self) -> Float[Tensor, ""]:
         """``η/2 ‖θ‖²``."""
         zero = torch.zeros((), dtype=torch.float64, device=self.view.device)
@@ -104,24 +128,37 @@ class LocalModel:
 
     def _tangents(self, tape: Tape, directions: Sequence[Tensor]) -> list[Tensor]:
         if self.chain is not None and tape.layer_inputs:
-            pairs = [
-                {
-                    name: (block[:, : layer.in_features], block[:, -1] if layer.bias is not None else None)
-                    for (name, block), layer in zip(
-                        self.layout.blocks(direction).items(), self.chain.layers, strict=True
-                    )
-                }
-                for direction in directions
-            ]
+            pairs = [_weights_and_biases(self.chain, self.layout.blocks(direction)) for direction in directions]
             return [tangent.view_as(tape.z) for tangent in self.chain.tangents(tape.layer_inputs, pairs)]
         with tape.replay:
             views = [self.layout.parameters(direction) for direction in directions]
             return jacobian_products(self.view, tape.inputs, views)[1]
 
+    def _part_tangents(self, tape: Tape, direction: Tensor) -> list[Tensor]:
+        """``J d_l`` for the part d_l of a direction in each segment of the layout."""
+        if self.chain is not None and tape.layer_inputs:  # a layer's tangent starts at the layer
+            pairs = _weights_and_biases(self.chain, self.layout.blocks(direction))
+            alone = [{name: pair} for name, pair in pairs.items()]
+            return [tangent.view_as(tape.z) for tangent in self.chain.tangents(tape.layer_inputs, alone)]
+        found, part = [], self.layout.zeros()
+        for where in self.layout.segments:  # one after another: their number times all parameters may be too much
+            part[where] = direction[where]
+            found += self._tangents(tape, [part])
+            part[where] = 0
+        return found
+
     def _dot_parameters(self, direction: Tensor) -> Tensor:
         """θ · d."""
         parts = self.layout.parameters(direction)
         return torch.stack([torch.sum(self.view.parameters[name] * part) for name, part in parts.items()]).sum()
+
+
+def _weights_and_biases(chain: Chain, blocks: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """The columns of W and of b in each layer's ``[W b]``."""
+    return {
+        name: (block[:, : layer.in_features], block[:, -1] if layer.bias is not None else None)
+        for (name, block), layer in zip(blocks.items(), chain.layers, strict=True)
+    }
 
 
 def mean_nll(rows: Sequence[Rows], sums: Sequence[Tensor]) -> Float[Tensor, ""]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,7 +39,7 @@ class Damping:
 
     value: float | None = None
     form: ExactTikhonov | FactoredTikhonov | None = None
-    rule: LevenbergMarquardt | None = LevenbergMarquardt(every=1, decay=0.6, minimum=1e-3)
+    rule: LevenbergMarquardt | None = LevenbergMarquardt(every=1, decay=0.6, minimum=1e-2)
     gamma: GreedyGamma | None = None
     ratio: float = 4.0
     start: float = 0.03
@@ -124,6 +125,29 @@ class StepGuard:
         telling = torch.isfinite(observed) & (actual > _ROUNDING * before.abs())
         least = lam * self.raise_damping
         return torch.where(telling, torch.maximum(observed, least), least)
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """What the exact F scales in a proposal Δ.
+
+    Args:
+        layers: True: each layer's part Δ_l gets a coefficient of its own where the inverses are renewed
+            (``docs/decisions``, 0007); α and μ then scale ``Σ c_l Δ_l`` and δ₀ at every update. False: α and μ alone,
+            as [KFAC, sec. 6.4, 7] has it. None leaves it to the structure: the block-tridiagonal inverse couples its
+            layers and has them scaled together.
+        ridge: what the curvature of each part is multiplied by beyond itself when the coefficients are found: it comes
+            from the curvature rows of one batch.
+        least: no coefficient is less than this share of what its layer would get if no other moved.
+    """
+
+    layers: bool | None = None
+    ridge: float = 0.3
+    least: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ridge < math.inf or not 0 <= self.least <= 1:
+            raise ValueError(f"{self}: expected a positive ridge and 0 <= least <= 1")
 
 
 @dataclass(frozen=True)
@@ -226,3 +250,15 @@ class Subsets:
         """How many rows of a batch serve the factors, and how many F Δ and ρ."""
         factors, curvature = (math.ceil(share * batch) for share in (self.factors, self.curvature))
         return min(batch, max(self.minimum, factors)), min(batch, max(self.minimum, curvature))
+
+
+def published() -> dict[str, Any]:
+    """The constants of [KFAC, sec. 6, 8, 13] as arguments of :class:`natgrad.KFAC`."""
+    return {
+        "damping": Damping(150.0, FactoredTikhonov(pi="trace"), LevenbergMarquardt(), GreedyGamma()),
+        "subsets": Subsets(1 / 8, 1 / 4),
+        "periods": Periods(inverses=20, early=(1, 2, 3), statistics=1),
+        "guard": None,
+        "decay": 0.95,
+        "rescaling": Rescaling(layers=False),
+    }

@@ -14,7 +14,7 @@ from natgrad.optim.input_inverses import InputInverses
 from natgrad.optim.inverses import LayerInverses, Tikhonov
 from natgrad.optim.low_rank_inverses import LowRankInverses
 from natgrad.optim.scaled_inverses import ScaledInverses
-from natgrad.optim.settings import Damping
+from natgrad.optim.settings import Damping, Rescaling
 from natgrad.optim.single_use import SingleUseInverses
 from natgrad.optim.static import StaticInputs
 
@@ -61,6 +61,21 @@ def damping_for(structure: str, damping: float | Damping | None) -> Damping:
     if isinstance(given.form, FactoredTikhonov) and given.form != FactoredTikhonov():
         raise ValueError(f"damping.form={given.form}: structure='ekfac' has ExactTikhonov() alone; leave form out")
     return replace(given, form=ExactTikhonov())
+
+
+def rescaling_for(structure: str, rescaling: Rescaling) -> Rescaling:
+    """K-FAC's rescaling with the structure's choice where none was made.
+
+    Raises:
+        ValueError: coefficients of single layers for the block-tridiagonal inverse.
+    """
+    coupled = structure == "block_tridiagonal"
+    if coupled and rescaling.layers:
+        raise ValueError(
+            f"rescaling={rescaling}: structure='block_tridiagonal' couples neighbouring layers, whose parts are scaled "
+            "together; leave layers out"
+        )
+    return replace(rescaling, layers=not coupled) if rescaling.layers is None else rescaling
 
 
 def form_for(structure: str, form: Tikhonov | None) -> Tikhonov:

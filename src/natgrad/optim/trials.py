@@ -7,12 +7,14 @@ from torch import Tensor
 from natgrad.optim.evaluation import Evaluation
 from natgrad.optim.local_model import LocalModel
 from natgrad.optim.proposal import Proposals
+from natgrad.optim.rescaling import LayerCoefficients
 from natgrad.quadratic import best_coefficients
 
 
 def best_gamma(
     local: LocalModel,
     proposals: Proposals,
+    coefficients: LayerCoefficients,
     evaluation: Evaluation,
     candidates: tuple[Tensor, ...],
     quality: str,
@@ -24,6 +26,7 @@ def best_gamma(
     Args:
         local: M(δ) and h(θ + δ).
         proposals: Δ under a damping.
+        coefficients: of its layers' parts.
         evaluation: of a batch.
         candidates: values of γ.
         quality: what is compared.
@@ -33,12 +36,13 @@ def best_gamma(
     values = []
     for gamma in candidates:
         proposals.write(evaluation, gamma**2, directions[0], fresh=True)
+        coefficients.apply(directions[0])
         products = local.layout.inner_products([evaluation.gradient, *directions], directions)
         model, _ = local.subspaces(evaluation.tapes, products, directions, damping)
-        coefficients = best_coefficients(model)
+        best = best_coefficients(model)
         if quality == "model":
-            values.append(model.change(coefficients))
+            values.append(model.change(best))
         else:
-            terms = list(zip(coefficients, directions, strict=True))
+            terms = list(zip(best, directions, strict=True))
             values.append(local.trial(evaluation.tapes, terms))
     return torch.stack(candidates)[torch.nan_to_num(torch.stack(values), nan=torch.inf).argmin()]
