@@ -214,7 +214,7 @@ def _whitened(
 
 
 # What K-FAC chose where the recipe is silent: written beside the results, so that τ's and T's are always there.
-_IN_FORCE = ("damping", "l2", "momentum", "subsets", "periods", "guard", "decay")
+_IN_FORCE = ("damping", "l2", "momentum", "subsets", "periods", "guard", "rescaling", "decay")
 
 
 def _objects(arguments: dict[str, Any], task: Any) -> dict[str, Any]:

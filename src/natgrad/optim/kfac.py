@@ -112,7 +112,7 @@ class KFAC(torch.optim.Optimizer):
         self._coverage = cover(view, uncovered, structure, sharing)
         super().__init__(list(view.parameters.items()), {"lr": lr})
         self.view, self.likelihood, self.structure = view, likelihood, structure
-        self.l2, self.momentum, self.decay = l2, momentum, decay
+        self.l2, self.momentum, self.decay, self.rescaling = l2, momentum, decay, rescaling_for(structure, rescaling)
         self.subsets, self.periods, self.guard = subsets, periods, guard
         self.layout = JointLayout(view, self._coverage)
         self.capture = Capture(model, self._coverage.blocks)
@@ -138,7 +138,7 @@ class KFAC(torch.optim.Optimizer):
         self._gamma = (self._lam + l2).sqrt()
         self._running = RunningFactors(decay)
         self.proposals = Proposals(self.layout, self._running, inverses, l2)
-        self.coefficients = LayerCoefficients(self.layout, rescaling_for(structure, rescaling))
+        self.coefficients = LayerCoefficients(self.layout, self.rescaling, scalar)
         self.local = LocalModel(view, likelihood, self.layout, chain, l2)
         (self._previous,) = self.layout.buffers(1)  # δ₀; the gradient and Δ live as long as a step
         self._counts = {key: scalar.clone() for key in ("skipped", "rejected", "shortened")}

@@ -23,18 +23,18 @@ class LayerCoefficients:
     Args:
         layout: where the layers' parts lie.
         rescaling: how they are found; without ``layers`` all are 1.
+        like: gives dtype and device.
 
     Attributes:
         due: whether the next :meth:`renew` finds them anew; set with every new inverse.
         values: ``[layers]``, one more where the model has parameters that no block holds.
     """
 
-    def __init__(self, layout: JointLayout, rescaling: Rescaling) -> None:
+    def __init__(self, layout: JointLayout, rescaling: Rescaling, like: Tensor) -> None:
         self.layout, self.rescaling = layout, rescaling
         self.due = False
         self.active = bool(rescaling.layers) and len(layout.segments) > 1
-        real = torch.float64 if layout.view.device.type != "mps" else torch.float32
-        self.values: Float[Tensor, " parts"] = torch.ones(len(layout.segments), dtype=real, device=layout.view.device)
+        self.values: Float[Tensor, " parts"] = like.new_ones(len(layout.segments))
 
     def renew(
         self,
@@ -58,7 +58,7 @@ class LayerCoefficients:
         self.due = False
         model = local.parts(evaluation.tapes, evaluation.gradient, proposal, damping)
         found = part_coefficients(model, self.rescaling.ridge, self.rescaling.least)
-        self.values = torch.where(usable & torch.isfinite(found).all(), found, self.values)
+        self.values = torch.where(usable & torch.isfinite(found).all(), found.to(self.values.dtype), self.values)
 
     def apply(self, proposal: Float[Tensor, " size"]) -> None:
         """Multiply each part of Δ by its coefficient, in place."""
