@@ -129,7 +129,8 @@ def _vector(model: torch.nn.Module) -> Tensor:
 
 
 # The library's defaults: from λ₀ = 150 the published ones spend a hundred updates on λ alone, whatever m is.
-FIXED = {"optimizer": "kfac", "whole inverses": True}
+PLAIN = {"whole inverses": True, "one alpha": True}
+FIXED = {"optimizer": "kfac", **PLAIN}
 FIXED_SIZE = {
     "block-diagonal": FIXED,
     "block-diagonal, no momentum": {**FIXED, "momentum": False},
@@ -179,9 +180,10 @@ METHODS = {
     "Blk-TriDiag K-FAC (no moment.)": {**TRIDIAGONAL, "momentum": False, "m": 1000},
     "Blk-Diag K-FAC (no moment.)": {**DIAGONAL, "momentum": False, "m": 1000},
     "baseline": {"optimizer": "nesterov", "m": None},
-    "defaults, block-tridiagonal": {"optimizer": "kfac-tridiagonal", "m": None},
-    # Not low rank, which the block-tridiagonal structure does not have: the structures alone differ.
-    "defaults, block-diagonal": {"optimizer": "kfac", "m": None, "whole inverses": True},
+    # No low rank and no coefficients of layers, which the block-tridiagonal structure does not have: the structures
+    # alone differ.
+    "defaults, block-tridiagonal": {"optimizer": "kfac-tridiagonal", "m": None, **PLAIN},
+    "defaults, block-diagonal": {"optimizer": "kfac", "m": None, **PLAIN},
 }
 COMPARED = {
     "published constants": ["Blk-TriDiag K-FAC", "Blk-Diag K-FAC"],

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import natgrad as ng
-from natgrad.optim.settings import Damping
+from natgrad.optim.settings import Damping, Rescaling
 from natgrad_lab import checkpoint, data, optimizers
 from natgrad_lab.recipes.run import Run
 from natgrad_lab.records import Evaluation, from_record, read_lines
@@ -37,8 +37,8 @@ def session(
         task: What to train on.
         name: Of the run's folder.
         method: "optimizer", a name of the registry; "m", a fixed batch size, or None for that of the registry's recipe
-            (for K-FAC the growing one); "whole inverses" for K-FAC without low rank; what else there is goes to the
-            optimiser, such as "structure" and "momentum".
+            (for K-FAC the growing one); "whole inverses" for K-FAC without low rank, "one alpha" without coefficients
+            of single layers; what else there is goes to the optimiser, such as "structure" and "momentum".
         updates: How many.
         seed: Of parameters, batches and sampling. None: the run's.
     """
@@ -81,11 +81,17 @@ def _evaluations(folder: Path) -> list[Evaluation]:
     return [from_record(Evaluation, r) for r in read_lines(folder / RECORDS) if r.get("kind") == "evaluation"]
 
 
+# What this module reads of a method; the rest are arguments of the optimiser.
+_OURS = ("optimizer", "m", "whole inverses", "one alpha")
+
+
 def _maker(method: Mapping[str, Any], l2: float) -> Callable[..., optimizers.Competitor]:
     def make(name: str, task: Any, model: Any, *, seed: int) -> optimizers.Competitor:
-        settings = {key: value for key, value in method.items() if key not in ("optimizer", "m", "whole inverses")}
+        settings = {key: value for key, value in method.items() if key not in _OURS}
         if method.get("whole inverses"):
             settings["damping"] = Damping(form=ng.FactoredTikhonov())
+        if method.get("one alpha"):
+            settings["rescaling"] = Rescaling(layers=False)
         if name.startswith("kfac"):
             settings["l2"] = l2
         made = optimizers.make(name, task, model, seed=seed, settings=settings)
