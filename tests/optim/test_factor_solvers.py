@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.kfac import data, mlp, vector
+from oracles.kfac import WHOLE, data, mlp, vector
 from oracles.preconditioning import EVERY_STEP, train_once
 from torch import Tensor, nn
 
@@ -65,7 +65,7 @@ def test_low_rank_of_almost_full_rank_is_nearly_exact() -> None:
 
 
 def test_the_update_uses_the_low_rank_inverse() -> None:
-    model, opt = made(LowRank(3))
+    model, opt = made(LowRank(3), rescaling=WHOLE)
     x, y = data(ng.Bernoulli(), 9, 3)
     start = vector(model)
     gradient = torch.autograd.grad(ng.Bernoulli().nll(model(x), y), list(model.parameters()))

@@ -42,10 +42,10 @@ from natgrad.quadratic import Subspace, best_coefficients
 class KFAC(torch.optim.Optimizer):
     r"""Kronecker-factored approximate curvature with automatic step sizes [KFAC, Algorithm 2].
 
-    Each :meth:`step` evaluates a mini-batch and updates the parameters by ``δ = α Δ + μ δ₀`` with ``Δ = −F̆_γ^{-1}
-    ∇h``, where ``h`` is the mean loss plus ``η/2 ‖θ‖²``, ``F̆_γ`` the block-diagonal Kronecker-factored Fisher damped
-    by γ, and (α, μ) minimise ``M(δ) = ½ δᵀ(F + (λ+η) I) δ + ∇h·δ + h`` with the exact Fisher F of a subset of the
-    batch. λ follows the Levenberg-Marquardt rule.
+    Each :meth:`step` evaluates a mini-batch and updates the parameters by ``δ = α Δ + μ δ₀`` with ``Δ = −c F̆_γ^{-1}
+    ∇h``: ``h`` is the mean loss plus ``η/2 ‖θ‖²``, ``F̆_γ`` the block-diagonal Kronecker-factored Fisher damped by γ,
+    c a coefficient for each layer, and (α, μ) minimise ``M(δ) = ½ δᵀ(F + (λ+η) I) δ + ∇h·δ + h`` with the exact Fisher
+    F of a subset of the batch; c comes from M too. λ follows the Levenberg-Marquardt rule.
 
     Args:
         model: any module; its ``nn.Linear`` layers get Kronecker factors.
