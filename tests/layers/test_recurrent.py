@@ -6,6 +6,7 @@ import pytest
 import torch
 from curvature.test_ekfac_convolutions import check
 from oracles.layers import draw
+from oracles.recurrent import learns_a_sum
 from torch import Tensor, nn
 
 import natgrad as ng
@@ -106,25 +107,7 @@ def test_frozen_parts_and_bare_calls(name: str) -> None:
 
 @pytest.mark.parametrize("name", CELLS)
 def test_training(name: str) -> None:
-    """The sign of the sum of a sequence's first feature, by KFAC and by SGD behind a Preconditioner."""
-    x = draw(64, 5, 3)
-    y = (x[..., 0].sum(1) > 0).long()
-    model, likelihood = Sequence(name, head=2), ng.Categorical()
-    opt = ng.KFAC(model, likelihood)
-    losses = [opt.step(x, y).item() for _ in range(25)]
-    assert losses[-1] < 0.3 * losses[0]
-    model = Sequence(name, head=2)
-    pre = ng.Preconditioner(model, likelihood, periods=ng.Renewal(5, (1, 2), 1))
-    inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for _ in range(80):
-        inner.zero_grad()
-        z = model(x)
-        pre.observe(z)
-        loss = likelihood.nll(z, y)
-        loss.backward()
-        pre.step()
-        inner.step()
-    assert loss < 0.5 * losses[0] and pre.stats["bare"] == 0
+    learns_a_sum(lambda: Sequence(name, head=2), below=0.3)
 
 
 def test_nothing_stays_behind() -> None:
