@@ -14,7 +14,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.linalg.covariance import SymmetricForm, covariance_inverse, low_rank
 from natgrad.model_view import Forward
 from natgrad.optim.layerwise import BatchPass, LayerwiseOptimizer, Wanted
-from natgrad.optim.select import keep_where
+from natgrad.optim.select import keep_where, reads_for_free
 
 
 class ACP(LayerwiseOptimizer):
@@ -108,7 +108,7 @@ class ACP(LayerwiseOptimizer):
         bare = 0
         if self._renews(update) and bool(finite):
             self._refresh(update, batch)
-        if finite.device.type == "cpu" and not finite:
+        if reads_for_free(finite) and not finite:
             return self._counts(bare)
         for name, _, dW, db in self._layer_gradients(batch):
             weight, bias = self._coverage.members[name]
@@ -197,7 +197,7 @@ class ACP(LayerwiseOptimizer):
                 correction = (Xu * (tau * factor), u)
                 Xu = Xu * factor  # S^{-1} h̄ = factor (C + κ I)^{-1} h̄
             direction = b if self.plain_bias else s * (b - Xu)
-        if finite.device.type != "cpu":
+        if not reads_for_free(finite):
             keep_where(X, finite, 0.0)
         assert weight is not None  # dW is its gradient
         self._move(self.view.parameters[weight], X, inverse, correction, finite)

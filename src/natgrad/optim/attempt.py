@@ -9,7 +9,7 @@ from torch import Tensor
 
 from natgrad.optim.evaluation import Evaluation
 from natgrad.optim.local_model import LocalModel, mean_nll
-from natgrad.optim.select import keep_where
+from natgrad.optim.select import keep_where, reads_for_free
 from natgrad.optim.settings import StepGuard
 from natgrad.quadratic import Subspace, reduction_ratio
 
@@ -79,7 +79,7 @@ def try_update(
         accepted = whole
     else:
         accepted = whole = whole & guard.accepts(rho, held_before, held)
-        if whole.device.type != "cpu" or (finite and not whole):  # on the CPU reading it is cheaper than a forward pass
+        if not reads_for_free(whole) or (finite and not whole):  # reading it is cheaper than a forward pass
             share = torch.where(whole, 1.0, guard.shorter(model, coefficients, worst))
             torch._foreach_copy_(parameters, old)
             update.mul_(share.to(update.dtype))

@@ -21,7 +21,7 @@ from natgrad.model_view import Forward, ModelView, batch_size
 from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim.batches import micro_batches
 from natgrad.optim.layer_state import warn_of_threads
-from natgrad.optim.select import keep_where
+from natgrad.optim.select import keep_where, reads_for_free
 from natgrad.optim.stats import Stats
 
 
@@ -229,7 +229,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def _descend(self, directions: Mapping[str, Tensor], finite: Bool[Tensor, ""]) -> None:
         """``θ ← θ − lr v`` with ``v ← momentum v + direction``; where ``finite`` is False nothing changes."""
-        if finite.device.type == "cpu" and not finite:
+        if reads_for_free(finite) and not finite:
             return
         parameters = self.view.parameters
         name_of = {id(p): name for name, p in parameters.items()}
@@ -239,7 +239,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                 continue
             moved, gradients = [p for p, _ in chosen], [d for _, d in chosen]
             momentum = group["momentum"]
-            if finite.device.type != "cpu":
+            if not reads_for_free(finite):
                 self._descend_where(finite, moved, gradients, momentum, group["lr"])
                 continue
             buffers: list[Tensor | None] = [self._velocity(p) if momentum else None for p in moved]

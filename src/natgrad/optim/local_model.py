@@ -4,7 +4,7 @@
 app. C].
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,17 +49,9 @@ class LocalModel:
             directions: flat vectors d_i.
             damping: λ + η.
         """
-        count = torch.stack([tape.count.to(torch.float64) for tape in tapes]).sum()
-        size = len(directions)
-        fisher = torch.zeros(size, size, dtype=torch.float64, device=products.device)
-        slope_rows = torch.zeros(size, dtype=torch.float64, device=products.device)
-        for tape in tapes:
-            tangents = self._tangents(tape, directions)
-            fisher += _fisher_gram(self.likelihood, tape, tangents)
-            slope_rows += torch.stack([torch.sum(tape.derivative * tangent) for tangent in tangents])
+        fisher, slope_rows = self._on_rows(tapes, lambda tape: self._tangents(tape, directions))
         slope, gram = products[0], products[1:]
-        curvature = fisher / count + damping * gram
-        slope_rows = slope_rows / count
+        curvature = fisher + damping * gram
         if self.l2:
             slope_rows = slope_rows + self.l2 * torch.stack([self._dot_parameters(d) for d in directions]).double()
         return Subspace(slope, curvature, gram), Subspace(slope_rows, curvature, gram)
@@ -82,11 +74,8 @@ class LocalModel:
         segments = self.layout.segments
         slope = torch.stack([torch.dot(gradient[where], direction[where]) for where in segments]).double()
         squares = torch.stack([torch.dot(direction[where], direction[where]) for where in segments]).double()
-        count = torch.stack([tape.count.to(torch.float64) for tape in tapes]).sum()
-        fisher = torch.zeros(len(segments), len(segments), dtype=torch.float64, device=slope.device)
-        for tape in tapes:
-            fisher += _fisher_gram(self.likelihood, tape, self._part_tangents(tape, direction))
-        return Subspace(slope, fisher / count + torch.diag(damping * squares))
+        fisher, _ = self._on_rows(tapes, lambda tape: self._part_tangents(tape, direction))
+        return Subspace(slope, fisher + torch.diag(damping * squares))
 
     def penalty(self) -> Float[Tensor, ""]:
         """``η/2 ‖θ‖²``."""
@@ -125,6 +114,19 @@ class LocalModel:
     def _again(self, chunk: Rows) -> Tensor:
         with chunk.replay:
             return self.view(chunk.inputs)
+
+    def _on_rows(
+        self, tapes: Sequence[Tape], tangents_of: Callable[[Tape], list[Tensor]]
+    ) -> tuple[Float[Tensor, "k k"], Float[Tensor, " k"]]:
+        """``d_iᵀ F d_j`` and ``∇h · d_i`` (without the l2 term) on the curvature rows, from their tangents."""
+        count = torch.stack([tape.count.to(torch.float64) for tape in tapes]).sum()
+        fisher: Tensor | float = 0.0
+        slope: Tensor | float = 0.0
+        for tape in tapes:
+            tangents = tangents_of(tape)
+            fisher = fisher + _fisher_gram(self.likelihood, tape, tangents)
+            slope = slope + torch.stack([torch.sum(tape.derivative * tangent) for tangent in tangents]).double()
+        return fisher / count, slope / count
 
     def _tangents(self, tape: Tape, directions: Sequence[Tensor]) -> list[Tensor]:
         if self.chain is not None and tape.layer_inputs:

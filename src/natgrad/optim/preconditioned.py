@@ -8,7 +8,8 @@ from torch import Tensor
 
 from natgrad.optim import preconditioner_state
 from natgrad.optim.preconditioner import Preconditioner
-from natgrad.optim.undoable import all_finite, reads_for_free, step_where
+from natgrad.optim.select import reads_for_free
+from natgrad.optim.undoable import all_finite, step_where
 
 _PREFIX = "natgrad."
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from natgrad.layers.rules import Block
 from natgrad.optim.scaling import Scaling
+from natgrad.optim.select import reads_for_free
 
 
 class Proposal(NamedTuple):
@@ -60,7 +61,7 @@ def replace_gradients(proposals: list[Proposal], scaling: Scaling) -> tuple[Floa
     measures = torch.stack([proposal.measure for proposal in proposals])
     finite = torch.isfinite(measures).all()
     scales = scaling.scales(measures)
-    on_cpu = finite.device.type == "cpu"
+    on_cpu = reads_for_free(finite)
     if on_cpu and not finite:  # reading it costs nothing there
         return scales, finite
     torch._foreach_mul_([proposal.update for proposal in proposals], list(scales.unbind()))

@@ -12,6 +12,7 @@ from natgrad.curvature.ekfac import carried_over, eigenvalues
 from natgrad.curvature.inverse import Eigenbasis, ExactInverse, eigenbasis
 from natgrad.damping import ExactTikhonov
 from natgrad.optim.inverses import LayerInverses
+from natgrad.optim.select import reads_for_free
 
 
 class ScaledInverses(LayerInverses):
@@ -47,7 +48,7 @@ class ScaledInverses(LayerInverses):
             usable: False leaves S as it is; so do second moments that are not finite.
         """
         found = {name: factors.S for name, factors in estimate.items() if factors.S is not None}
-        if not found or (usable.device.type == "cpu" and not usable):
+        if not found or (reads_for_free(usable) and not usable):
             return
         names, new = list(found), list(found.values())
         usable = usable & torch.isfinite(torch.stack([S.sum() for S in new])).all()

@@ -11,10 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-
-def reads_for_free(x: Tensor) -> bool:
-    """Whether to read a number does not wait for a device."""
-    return x.device.type == "cpu"
+from natgrad.optim.select import reads_for_free
 
 
 def all_finite(tensors: Iterable[Tensor], device: torch.device) -> Bool[Tensor, ""]:
