@@ -36,7 +36,7 @@ from natgrad.optim.preconditioned import Preconditioned
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.prong import PRONG
 from natgrad.optim.scaling import Grafting, KLClip
-from natgrad.optim.settings import Damping, Periods, Renewal, StepGuard, Subsets
+from natgrad.optim.settings import Damping, Periods, Renewal, Rescaling, StepGuard, Subsets
 from natgrad.optim.tonga import TONGA
 
 __version__ = "0.1.0"
@@ -78,6 +78,7 @@ __all__ = [
     "Preconditioned",
     "Preconditioner",
     "Renewal",
+    "Rescaling",
     "StepGuard",
     "Subsets",
     "__version__",
