@@ -148,6 +148,21 @@ def test_both_of_the_first_pair_must_be_definite() -> None:
         ng.linalg.KroneckerSum(-1.0, B, C, D).inverse()
 
 
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_matrix_that_is_not_symmetric_is_refused_and_multiplied_rightly(which: int, method: str) -> None:
+    """Half of it would be read: the inverse would be that of another matrix."""
+    matrices = list(problem(3, 2))
+    matrices[which] = matrices[which] + 0.05 * draw(*matrices[which].shape, seed=7)
+    op = ng.linalg.KroneckerSum(*matrices)
+    v = draw(6, 2, seed=8)
+    torch.testing.assert_close(op @ v, dense(*matrices, 1) @ v)
+    with pytest.raises(ValueError, match=f"{'ABCD'[which]}: expected a symmetric matrix.*differ by up to"):
+        op.inverse(method)
+    op = ng.linalg.KroneckerSum(*(M.float() * (1 + 1e-7 * draw(*M.shape).float()) for M in problem(3, 2)))
+    op.inverse(method)  # rounding is none of that
+
+
 def test_bad_input() -> None:
     A, B, C, D = problem(3, 2)
     for make, message in (
@@ -164,6 +179,10 @@ def test_bad_input() -> None:
             make()
     with pytest.raises(TypeError, match="C: expected a square matrix as a tensor, got float"):
         ng.linalg.KroneckerSum(A, B, 1.0, D)  # pyrefly: ignore[bad-argument-type]
+    with pytest.raises(TypeError, match="B: expected a square matrix as a tensor, or a number .* got list"):
+        ng.linalg.KroneckerSum(A, [[1.0]], C, D)  # pyrefly: ignore[bad-argument-type]
+    with pytest.raises(ValueError, match="C: expected real floating-point numbers, got torch.int64"):
+        ng.linalg.KroneckerSum(A, B, C.long(), D)
 
 
 @given(n=st.integers(1, 7), rank=st.integers(0, 7), seed=st.integers(0, 100))

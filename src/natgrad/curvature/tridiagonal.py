@@ -118,7 +118,8 @@ class LayerChain:
         """``Σ_{i|i+1} = A ⊗ G − Ψ^A A_{i,i} Ψ^Aᵀ ⊗ Ψ^G G_{i+1,i+1} Ψ^Gᵀ`` of every layer but the last."""
         found = []
         for (A, G), (upper_A, upper_G), (psi_A, psi_G) in zip(self.layers[:-1], self.layers[1:], psi, strict=True):
-            found.append(KroneckerSum(A, G, psi_A @ upper_A @ psi_A.mT, psi_G @ upper_G @ psi_G.mT, sign=-1))
+            explained = (_symmetric(psi_A @ upper_A @ psi_A.mT), _symmetric(psi_G @ upper_G @ psi_G.mT))
+            found.append(KroneckerSum(A, G, *explained, sign=-1))
         return found
 
     def sizes(self) -> list[tuple[int, int]]:
@@ -258,6 +259,11 @@ def _split(v: Float[Tensor, "n k"], sizes: Sequence[tuple[int, int]]) -> list[Fl
 
 def _joined(V: Sequence[Float[Tensor, "k out columns"]]) -> Float[Tensor, "n k"]:
     return torch.cat([part.mT.reshape(part.shape[0], -1) for part in V], dim=1).mT
+
+
+def _symmetric(M: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Without what rounding made of the other half."""
+    return (M + M.mT) / 2
 
 
 def _double(M: Tensor) -> Tensor:

@@ -95,7 +95,14 @@ class KroneckerSum:
                 raise TypeError(f"{name}: expected a square matrix as a tensor, got {type(matrix).__name__}")
             if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
                 raise ValueError(f"{name}: expected a square matrix, got shape {list(matrix.shape)}")
+            if not matrix.is_floating_point():
+                raise ValueError(f"{name}: expected real floating-point numbers, got {matrix.dtype}; use .double()")
             first = getattr(self, partner)
+            if not isinstance(first, Tensor | int | float):
+                raise TypeError(
+                    f"{partner}: expected a square matrix as a tensor, or a number for that multiple of the identity, "
+                    f"got {type(first).__name__}"
+                )
             if isinstance(first, Tensor) and first.ndim and first.shape != matrix.shape:
                 raise ValueError(
                     f"{partner}: expected the shape of {name}, {list(matrix.shape)}, got {list(first.shape)}"
@@ -114,8 +121,8 @@ class KroneckerSum:
         return torch.Size((n, n))
 
     def apply(self, V: Float[Tensor, "*batch b a"]) -> Float[Tensor, "*batch b a"]:
-        """``B V A ± D V C``."""
-        return self._times(self.B, V, self.A) + self.sign * (self.D @ V @ self.C)
+        """``B V Aᵀ ± D V Cᵀ``."""
+        return self._times(self.B, V, self.A) + self.sign * (self.D @ V @ self.C.mT)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """The product with a vector ``[n]`` or with the columns of ``[n, k]``."""
@@ -140,13 +147,14 @@ class KroneckerSum:
                 instead of refusing a matrix that is not positive definite. Decomposition only.
 
         Raises:
-            ValueError: A or B is not positive definite; the sum is not positive definite to working precision and
-                there is no ``clip``; an unknown method, or a clip that is not positive.
+            ValueError: a matrix is not symmetric; A or B is not positive definite; the sum is not positive definite to
+                working precision and there is no ``clip``; an unknown method, or a clip that is not positive.
         """
         if method not in get_args(Method):
             raise ValueError(f"method={method!r}: expected 'decomposition' or 'smith'")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip={clip}: expected a positive number, the least eigenvalue relative to A ⊗ B")
+        self._check_symmetric()
         if method == "smith":
             found = self._smith()
             if found is not None:
@@ -154,6 +162,19 @@ class KroneckerSum:
         K1, s1, _ = pair_eigh(self.A, self.C, check=True, what="A")
         K2, s2, _ = pair_eigh(self.B, self.D, check=True, what="B")
         return self._divided(K1, K2, s1, s2, clip)
+
+    def _check_symmetric(self) -> None:
+        """Decompositions read one triangle: the other half of a matrix that is not symmetric would be lost unseen."""
+        for name in ("A", "B", "C", "D"):
+            M = getattr(self, name)
+            if not isinstance(M, Tensor) or M.ndim == 0:
+                continue
+            largest, difference = (float(values.abs().max()) for values in (M, M - M.mT))
+            if difference > torch.finfo(M.dtype).eps ** 0.5 * largest:
+                raise ValueError(
+                    f"{name}: expected a symmetric matrix; {name} and its transpose differ by up to {difference:.1e}, "
+                    f"its largest entry being {largest:.1e}; where that is rounding, pass ({name} + {name}.T) / 2"
+                )
 
     def _divided(self, K1: Tensor, K2: Tensor, s1: Tensor, s2: Tensor, clip: float | None) -> "Decomposed":
         divisor = 1 + self.sign * torch.outer(s2, s1)
@@ -193,7 +214,7 @@ class KroneckerSum:
     @staticmethod
     def _times(B: Tensor | float, V: Tensor, A: Tensor | float) -> Tensor:
         V = B @ V if isinstance(B, Tensor) and B.ndim else V * B
-        return V @ A if isinstance(A, Tensor) and A.ndim else V * A
+        return V @ A.mT if isinstance(A, Tensor) and A.ndim else V * A
 
 
 class KroneckerSumInverse:
