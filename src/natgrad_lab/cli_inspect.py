@@ -111,6 +111,8 @@ def inspect(
 def _checkpoint(path: Path) -> dict[str, Any]:
     from natgrad_lab import checkpoint
 
+    if path.is_dir() and not any((path / name).exists() for name in (checkpoint.NAME, checkpoint.PREVIOUS)):
+        raise Refused(f"there is no checkpoint in {path}; name the folder that natgrad train wrote, or a checkpoint.pt")
     with refusing():
         state = checkpoint.load(path) if path.is_dir() else checkpoint.read(path)
         if "plan" not in state or "runner" not in state:
@@ -146,7 +148,7 @@ def _show(found: "Inspection", label: str, folder: Path, console: Console) -> No
     console.print(table)
     console.print(
         f"Errors are relative to the exact Fisher matrix, in the Frobenius norm, the inverses with damping "
-        f"{about['damping']:.3g}. Whole network: from {about['errors from']}.",
+        f"{about['damping']:.3g}, which F̆ and F̂ split between A and G. Whole network: from {about['errors from']}.",
         soft_wrap=True,
     )
     if about["change of the exact inverse"]:

@@ -68,6 +68,7 @@ def run_recipe(
     Ctrl-C keeps the parts that are done; the same command goes on from there.
     """
     recipe = _find(name)
+    name = recipe.name
     if data is not None and not data.is_dir():
         raise Refused(f"the data folder {data} does not exist; --data takes the folder that holds mnist or olivetti")
     set_threads(threads)
@@ -109,7 +110,7 @@ def plot_recipe(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: the run's folder.")] = None,
 ) -> None:
     """Draw the picture of a finished run from its record, and print ours beside the paper's."""
-    _find(name)
+    name = _find(name).name
     from natgrad_lab.recipes.run import RECORD, Record
 
     place = record or default_folder(name, quick)

@@ -1,10 +1,13 @@
 """What the curvature of a network looks like: factors layer by layer, and how much of the Fisher matrix they hold.
 
 Small networks are compared as dense matrices. Larger ones are compared by products with random vectors: with v from
-N(0, I), ``E‖M v‖² = ‖M‖²`` (Frobenius), and the exact Fisher matrix needs no memory for ``F v``.
+N(0, I), ``E‖M v‖² = ‖M‖²`` (Frobenius), and the exact Fisher matrix needs no memory for ``F v``. F̆ is diagonal in the
+same basis as EKFAC, which is the nearest such matrix to F: ``‖F − F̆‖² = ‖F − EKFAC‖² + ‖EKFAC − F̆‖²``, where the last
+term needs no random vectors.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 import natgrad as ng
 from natgrad.curvature.base import to_dense
+from natgrad.curvature.ekfac import EigenBlock, eigenvalues
 from natgrad.curvature.operator import KroneckerCurvature
 from natgrad.curvature.running import mean_eigenvalue
 from natgrad.damping import pi
@@ -158,6 +162,9 @@ def _errors(
         name: {"matrix": _relative(exact, k @ V), "inverse": _relative(solved, inverses[name] @ W)}
         for name, k in curvatures.items()
     }
+    if V.shape[0] != V.shape[1]:
+        blocks = [block for _, block in curvatures["EKFAC"].blocks]
+        errors["F̆"]["matrix"] = _of_kronecker(errors["EKFAC"]["matrix"], blocks, exact)
     return errors, change
 
 
@@ -184,6 +191,8 @@ def _layer(
         approximation = torch.empty_like(V)
         approximation[place] = curvatures[key].blocks[where][1] @ V[place]
         errors[key] = _relative(exact, approximation)
+    if n > dense:
+        errors["F̆"] = _of_kronecker(errors["EKFAC"], [curvatures["EKFAC"].blocks[where][1]], exact)
     _show(model, None)
     a, g = (safe_eigh(M).values.flip(0).tolist() for M in (A, G))
     return Layer(name, len(A), len(G), a, g, float(pi(A, G)), errors)
@@ -213,6 +222,22 @@ def _show(model: nn.Module, layers: list[str] | None) -> None:
     """Only these layers (None: all) have gradients."""
     for name, p in model.named_parameters():
         p.requires_grad_(layers is None or name.rpartition(".")[0] in layers)
+
+
+def _of_kronecker(ekfac: float, blocks: Sequence[Any], exact: Tensor) -> float:
+    """The relative error of F̆ from that of EKFAC.
+
+    Args:
+        ekfac: Its relative error.
+        blocks: Those of EKFAC.
+        exact: F times random vectors, as columns.
+    """
+    apart = sum(
+        (block.scaling - eigenvalues(block.basis)).square().sum().item()
+        for block in blocks
+        if isinstance(block, EigenBlock)
+    )
+    return math.sqrt(ekfac**2 + apart * exact.shape[1] / exact.square().sum().item())
 
 
 def _relative(exact: Tensor, approximation: Tensor) -> float:

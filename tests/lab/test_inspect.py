@@ -62,6 +62,25 @@ def test_random_vectors_come_near_the_dense_errors() -> None:
         assert other.errors["F̆"] == pytest.approx(layer.errors["F̆"], rel=0.1)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_random_vectors_do_not_hide_that_ekfac_is_nearer(seed: int) -> None:
+    """Two vectors: the estimates are rough, but the squares of both errors differ by the known ‖EKFAC − F̆‖²."""
+    model, x = network()
+    rough = inspect(model, ng.Categorical(), x, damping=0.01, dense=5, probes=2, seed=seed)
+    assert rough.errors["EKFAC"]["matrix"] < rough.errors["F̆"]["matrix"]
+    for layer in rough.layers:
+        assert layer.errors["EKFAC"] < layer.errors["F̆"]
+
+
+def test_the_distance_of_ekfac_and_the_kronecker_product_has_the_scale_of_the_estimates() -> None:
+    model, x = network()
+    dense = inspect(model, ng.Categorical(), x, damping=0.01, dense=1000)
+    many = inspect(model, ng.Categorical(), x, damping=0.01, dense=5, probes=1000)
+    for layer, other in zip(dense.layers, many.layers, strict=True):
+        apart, estimated = ((one.errors["F̆"] ** 2 - one.errors["EKFAC"] ** 2) ** 0.5 for one in (layer, other))
+        assert estimated == pytest.approx(apart, rel=0.1)
+
+
 def test_exact_inverse_by_conjugate_gradients() -> None:
     """With one linear layer and a Gaussian likelihood the factors are exact, and so is their inverse."""
     model, x = nn.Sequential(nn.Linear(5, 4)).double(), torch.randn(60, 5, dtype=torch.float64)
@@ -111,7 +130,7 @@ def test_task_and_checkpoint(tiny: None, capsys: pytest.CaptureFixture[str]) -> 
         (["nowhere/checkpoint.pt"], "there is no checkpoint nowhere/checkpoint.pt"),
         (["curves", "--rows", "0"], "--rows is 0"),
         (["curves", "--damping", "-1"], "--damping is -1"),
-        (["."], "there is no checkpoint"),
+        (["."], "there is no checkpoint in .; name the folder that natgrad train wrote"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -12,7 +12,7 @@ from rich.cells import cell_len
 
 from natgrad_lab import cli
 from natgrad_lab.recipes import Size, recipe
-from natgrad_lab.recipes.base import all_recipes
+from natgrad_lab.recipes.base import ALSO, all_recipes, find
 from natgrad_lab.recipes.run import Record, Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +117,17 @@ def test_stray_settings_and_long_titles_are_refused() -> None:
         recipe("x", title="", source="", full=Size(1, {"a": 1}), quick=Size(1, {"b": 1}))(lambda run: None)
     with pytest.raises(ValueError, match="45 characters"):
         recipe("x", title="a" * 45, source="", full=Size(1), quick=Size(1))(lambda run: None)
+
+
+def test_figures_10_and_11_are_one_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = all_recipes()
+    assert all(other in known and name not in known for name, other in ALSO.items())
+    assert find("kfac-fig11-mnist") is find("kfac-fig10-mnist")
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["paper", "plot", "kfac-fig11"]) == 2
+    assert "runs/paper/kfac-fig10; make it with natgrad paper run kfac-fig10" in capsys.readouterr().err
 
 
 def test_list_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,8 @@ from natgrad.linalg.spd import safe_cholesky, safe_eigh
 
 Method = Literal["decomposition", "smith"]
 
+# Relative to the largest entry; matrices that were made in single precision pass, in whatever dtype they come.
+_SYMMETRIC_UP_TO = 1e-4
 # So many squarings stand for 2^48 Smith iterations: what has not converged by then does not in any useful sense.
 _MOST_SQUARINGS = 48
 
@@ -170,7 +172,7 @@ class KroneckerSum:
             if not isinstance(M, Tensor) or M.ndim == 0:
                 continue
             largest, difference = (float(values.abs().max()) for values in (M, M - M.mT))
-            if difference > torch.finfo(M.dtype).eps ** 0.5 * largest:
+            if difference > _SYMMETRIC_UP_TO * largest:
                 raise ValueError(
                     f"{name}: expected a symmetric matrix; {name} and its transpose differ by up to {difference:.1e}, "
                     f"its largest entry being {largest:.1e}; where that is rounding, pass ({name} + {name}.T) / 2"

@@ -33,7 +33,7 @@ def figure_2(record: Record) -> Drawing:
 def figure_3(record: Record) -> Drawing:
     """F̃, its inverse, and the means of the inverse's blocks."""
     found, result = record.tensors("matrices"), record.results["matrices"]
-    figure, axes = canvas(1, 3, width=10.5, height=3.9)
+    figure, axes = canvas(1, 3, width=10.5, height=4.2)
     pictures = ((found["F̃"], "F̃", WHITE_QUANTILE), (found["inverse"], "F̃⁻¹, damped", WHITE_QUANTILE_INVERSE))
     for one, (matrix, title, quantile) in zip(axes[0], pictures, strict=False):
         largest = white_level(matrix, quantile)

@@ -1,9 +1,10 @@
 """Figures 2, 4 and 5 and table 1 of Pascanu & Bengio (2013) [NATGRAD], from records."""
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from natgrad_lab.figures.drawing import COLOURS, INK, Drawing, canvas, draws
 from natgrad_lab.recipes.natgrad_comparison import COVARIANCE, DIFFERENT, MSGD, SAME, UNLABELLED
@@ -58,20 +59,21 @@ def table_1(record: Record) -> Drawing:
     rows = []
     for one, (name, found) in zip(axes[0], record.results.items(), strict=True):
         ends = found["methods"]
-        ours = [_mean(values["test"]) or 0.0 for values in ends.values()]
-        largest = max(ours + [PRINTED[name][method][1] for method in ends])
-        for i, (method, values) in enumerate(ends.items()):
+        ours = {method: _mean(values["test"]) for method, values in ends.items()}
+        largest = max([value or 0.0 for value in ours.values()] + [PRINTED[name][method][1] for method in ends])
+        for i, method in enumerate(ends):
             colour, marker = STYLES[method]
             printed = PRINTED[name][method][1]
             label = "printed" if i == 0 else None
             one.plot(i - 0.15, printed, "_", markersize=16, markeredgewidth=2.5, color=INK["soft"], label=label)
-            one.plot(i + 0.15, _mean(values["test"]), marker, markersize=8, color=colour)
+            if ours[method] is not None:
+                one.plot(i + 0.15, ours[method], marker, markersize=8, color=colour)
         one.set_xticks(range(len(ends)), [m.replace(", ", ",\n") for m in ends], fontsize=8, rotation=40)
         one.set(xlim=(-0.6, len(ends) - 0.4), ylim=(0, 1.1 * largest))
         one.set_title(TITLES[name], color=INK["ink"], fontsize=11)
         rows += [(f"{TITLES[name]}: {what}", printed, ours) for what, printed, ours in _rows(name, ends)]
     axes[0][0].set_ylabel("test error, %")
-    axes[0][0].legend(fontsize=9, frameon=False, loc="lower left")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=9, frameon=False, loc="outside upper right")
     return Drawing({"": figure}, rows)
 
 
@@ -88,8 +90,10 @@ def _curves(record: Record, xscale: str = "linear") -> Drawing:
             if len(found) > 1:
                 for columns in found:
                     one.plot(columns["update"], columns[kind], color=colour, linewidth=0.6, alpha=0.5)
-            updates = [u for u in found[0]["update"] if u > 0 or xscale == "linear"]
-            values = [_mean(at) for at in zip(*(columns[kind] for columns in found), strict=True)]
+            longest = max((columns["update"] for columns in found), key=len)
+            updates = [u for u in longest if u > 0 or xscale == "linear"]
+            # a run that diverged has fewer evaluations: there is no mean from there on
+            values = [_mean(at) for at in zip_longest(*(columns[kind] for columns in found))]
             one.plot(updates, values[-len(updates) :], **line)
     for one, label in zip(axes[0], ("train: nll", "test: error, %"), strict=True):
         one.set(xscale=xscale, yscale="log", xlabel="updates")
@@ -98,6 +102,8 @@ def _curves(record: Record, xscale: str = "linear") -> Drawing:
             low, high = axis.get_view_interval()
             axis.set_minor_locator(LogLocator(subs=(2, 5)))
             axis.set_minor_formatter("{x:g}" if high < LABELLED * low else "")
+        if xscale == "linear":
+            one.xaxis.set_major_locator(MaxNLocator(integer=True))
         one.set_title(label, color=INK["ink"], fontsize=11, loc="left")
     axes[0][0].legend(fontsize=9, frameon=False)
     ends = {n: {kind: [r[kind][-1] for r in found] for kind in ("train", "test")} for n, found in runs.items()}
@@ -109,13 +115,13 @@ def _rows(name: str, ends: Mapping[str, Mapping[str, Sequence[float | None]]]) -
     for method, values in ends.items():
         train, test = PRINTED[name][method]
         rows.append((f"{method}: train nll", f"{train:.2g}", _number(values["train"], ".2g")))
-        rows.append((f"{method}: test error", f"{test:.2f} %", _number(values["test"], ".2f") + " %"))
+        rows.append((f"{method}: test error", f"{test:.2f} %", _number(values["test"], ".2f", " %")))
     return rows
 
 
-def _number(values: Sequence[float | None], form: str) -> str:
+def _number(values: Sequence[float | None], form: str, unit: str = "") -> str:
     mean = _mean(values)
-    return "diverged" if mean is None else format(mean, form)
+    return "diverged" if mean is None else format(mean, form) + unit
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

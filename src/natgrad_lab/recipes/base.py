@@ -55,6 +55,9 @@ class Recipe:
 
 _RECIPES: dict[str, Recipe] = {}
 
+# Figures that another one's recipe draws: the same runs, against another axis.
+ALSO = {"kfac-fig11" + task: "kfac-fig10" + task for task in ("", "-mnist", "-faces")}
+
 
 def recipe(
     name: str, *, title: str, source: str, full: Size, quick: Size
@@ -88,12 +91,13 @@ def all_recipes() -> dict[str, Recipe]:
 
 
 def find(name: str) -> Recipe:
-    """The recipe of this name.
+    """The recipe of this name, or the one that draws the figure of this name too.
 
     Raises:
         ValueError: with the nearest known name and the whole list.
     """
     known = all_recipes()
+    name = ALSO.get(name, name)
     if name not in known:
         raise ValueError(unknown("recipe", name, known))
     return known[name]
