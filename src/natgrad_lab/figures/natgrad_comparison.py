@@ -90,7 +90,7 @@ def _curves(record: Record, xscale: str = "linear") -> Drawing:
             if len(found) > 1:
                 for columns in found:
                     one.plot(columns["update"], columns[kind], color=colour, linewidth=0.6, alpha=0.5)
-            longest = max((columns["update"] for columns in found), key=len)
+            longest: list[int] = max((columns["update"] for columns in found), key=len)
             updates = [u for u in longest if u > 0 or xscale == "linear"]
             # a run that diverged has fewer evaluations: there is no mean from there on
             values = [_mean(at) for at in zip_longest(*(columns[kind] for columns in found))]
