@@ -54,10 +54,11 @@ def joint(model: nn.Sequential, flat: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("nesterov", [False, True], ids=["", "nesterov"])
 @pytest.mark.parametrize("rank", [None, 2], ids=["whole", "rank 2"])
 @pytest.mark.parametrize("rows", [12, 4], ids=["many rows", "fewer rows than columns"])
 @pytest.mark.parametrize("likelihood", [ng.Gaussian(), ng.Categorical()], ids=["gaussian", "categorical"])
-def test_the_update_is_adams_in_the_eigenbasis(likelihood: Any, rows: int, rank: int | None) -> None:
+def test_the_update_is_adams_in_the_eigenbasis(likelihood: Any, rows: int, rank: int | None, nesterov: bool) -> None:
     """m is the rotated mean of all gradients so far; v's entries stay where they are when the basis is renewed.
 
     With few rows the gradient is rotated by rotating them: on one side of the first layer, and of the second. With a
@@ -72,6 +73,7 @@ def test_the_update_is_adams_in_the_eigenbasis(likelihood: Any, rows: int, rank:
         "width": 2.0,
         "clip": None,
         "anneal": 3.0,
+        "nesterov": nesterov,
     }
     opt = ng.EigenAdam(model, likelihood, lr=0.02, rank=rank, subsets=EVERY, periods=periods, **settings)
     mean: dict[str, torch.Tensor] = {}
@@ -85,7 +87,10 @@ def test_the_update_is_adams_in_the_eigenbasis(likelihood: Any, rows: int, rank:
         for name, (QG, QA) in bases.items():
             mean[name] = 0.8 * mean.get(name, 0.0) + 0.2 * gradients[name]
             square[name] = 0.9 * square.get(name, 0.0) + 0.1 * (QG.T @ gradients[name] @ QA) ** 2
-            m = QG.T @ mean[name] @ QA / (1 - 0.8**k)
+            m = mean[name] / (1 - 0.8**k)
+            if nesterov:
+                m = (0.8 * mean[name] + 0.2 * gradients[name]) / (1 - 0.8 ** (k + 1))
+            m = QG.T @ m @ QA
             step = QG @ (m / ((square[name] / (1 - 0.9**k)).sqrt() + 1e-3)) @ QA.T
             expected = before[name] - 0.02 * math.sqrt(2 / step.shape[1]) * min(k / 4, 1) / math.sqrt(1 + k / 3) * step
             torch.testing.assert_close(after[name], expected, rtol=1e-7, atol=1e-9)
@@ -207,9 +212,10 @@ def test_an_uncovered_parameter_takes_adams_own_step_with_decoupled_weight_decay
         torch.testing.assert_close(model.scale, twin.scale, rtol=1e-10, atol=1e-12)
 
 
-def test_a_broken_batch_changes_nothing() -> None:
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_broken_batch_changes_nothing(nesterov: bool) -> None:
     model, (x, y) = mlp(5, 4, 3), data(ng.Gaussian(), 5, 3)
-    opt, twin = ng.EigenAdam(model, ng.Gaussian()), None
+    opt, twin = ng.EigenAdam(model, ng.Gaussian(), nesterov=nesterov), None
     for _ in range(3):
         opt.step(x, y)
     before, moments = vector(model), (opt._mean.clone(), opt._square.clone())
@@ -218,7 +224,7 @@ def test_a_broken_batch_changes_nothing() -> None:
     opt.step(x * math.nan, y)
     assert opt.stats["skipped"] == 1 and torch.equal(vector(model), before)
     assert torch.equal(opt._mean, moments[0]) and torch.equal(opt._square, moments[1])
-    other = ng.EigenAdam(twin, ng.Gaussian())
+    other = ng.EigenAdam(twin, ng.Gaussian(), nesterov=nesterov)
     other.load_state_dict(state)
     assert opt.step(x, y) == other.step(x, y)
 

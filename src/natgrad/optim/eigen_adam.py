@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
 from natgrad.curvature.base import factors_from
 from natgrad.curvature.inverse import Eigenbasis
@@ -19,6 +18,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.linalg.low_rank import LowRank
 from natgrad.model_view import Forward
 from natgrad.operators.chain import Chain
+from natgrad.optim.adam_step import AdamStep
 from natgrad.optim.evaluation import Evaluator
 from natgrad.optim.inverses import LayerInverses
 from natgrad.optim.layer_state import leaders, load_factors, same_keys, same_shape, save_layer
@@ -42,7 +42,8 @@ class EigenAdam(WholeModelOptimizer):
 
         ``m ← β₁ m + (1−β₁) R,   v ← β₂ v + (1−β₂) R²,   W ← W − lr Q_G [m̂ / (√v̂ + ε)] Q_Aᵀ``
 
-    with m̂ and v̂ corrected for their start at zero and, for a layer of n inputs, ``lr √(width / n)`` in the place of lr:
+    with m̂ and v̂ corrected for their start at zero (with ``nesterov`` m̂ is ``β₁ m + (1−β₁) R``, one step ahead, so
+    corrected) and, for a layer of n inputs, ``lr √(width / n)`` in the place of lr:
     a unit's weights then move as far in a wide layer as in a narrow one. A new basis re-rotates m and leaves v as it
     was. Of a wide factor the leading eigenvectors alone are found (``rank``), and the basis is completed by as little
     as it takes, so that beyond them m and v are about Adam's own. An update that would move the model's distribution
@@ -58,6 +59,7 @@ class EigenAdam(WholeModelOptimizer):
         likelihood: p(y | z); the loss is ``likelihood.nll``.
         lr: the learning rate.
         betas: β₁ and β₂.
+        nesterov: the mean counts the present gradient once more, as in NAdam (Dozat 2016).
         eps: ε.
         weight_decay: decoupled, as in ``torch.optim.AdamW``.
         warmup: updates until the learning rate is reached.
@@ -93,6 +95,7 @@ class EigenAdam(WholeModelOptimizer):
         *,
         lr: float = 1.2e-2,
         betas: tuple[float, float] = (0.9, 0.98),
+        nesterov: bool = False,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         warmup: int = 5,
@@ -122,7 +125,8 @@ class EigenAdam(WholeModelOptimizer):
         if width is not None and not 0 < width < math.inf:
             raise ValueError(f"width={width}: expected a number of inputs, such as 400, or None")
         super().__init__(model, likelihood, lr=lr, seed=seed, forward=forward)
-        self.betas, self.eps, self.weight_decay, self.warmup, self.anneal = betas, eps, weight_decay, warmup, anneal
+        self.weight_decay, self.warmup, self.anneal = weight_decay, warmup, anneal
+        self._adam = AdamStep(betas, eps, nesterov)
         self.subsets, self.periods, self.width, self.clip = subsets, periods, width, clip
         self._coverage = cover(self.view, "identity", "block_diagonal", sharing)
         self.layout = JointLayout(self.view, self._coverage)
@@ -233,33 +237,12 @@ class EigenAdam(WholeModelOptimizer):
         return {name: self._in_use[name][1] for name in known}
 
     def _descend(self, finite: Bool[Tensor, ""]) -> None:
-        """Adam's step on the rotated gradient; none where ``finite`` is False.
-
-        Adam's own kernel takes its step from zero in the eigenbases, and keeps everything where ``finite`` is False.
-        """
-        fused = finite.device.type in ("cpu", "cuda")
+        """Adam's step on the rotated gradient; none where ``finite`` is False."""
         if finite.device.type != "cuda" and not finite:
             return
         rotate(self.layout, self._remaining, self._gradient, self._rotated)
-        step = self._gradient.zero_()
-        adam(
-            [step],
-            [self._rotated],
-            [self._mean],
-            [self._square],
-            [],
-            [self._taken],
-            fused=fused,
-            grad_scale=None,
-            found_inf=(~finite).to(torch.float32) if fused else None,
-            amsgrad=False,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            lr=self._schedule(),
-            weight_decay=0.0,
-            eps=self.eps,
-            maximize=False,
-        )
+        moments = (self._mean, self._square, self._taken)
+        step = self._adam(self._rotated, moments, self._schedule(), finite, out=self._gradient)
         bases = self._known()
         rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
         for name, V in self.layout.blocks(step).items():

@@ -132,6 +132,7 @@ def _vector(model: torch.nn.Module) -> Tensor:
 PLAIN = {"whole inverses": True, "one alpha": True}
 FIXED = {"optimizer": "kfac", **PLAIN}
 FIXED_SIZE = {
+    "block-tridiagonal": {**FIXED, "optimizer": "kfac-tridiagonal"},
     "block-diagonal": FIXED,
     "block-diagonal, no momentum": {**FIXED, "momentum": False},
     "baseline": {"optimizer": "nesterov"},
@@ -194,10 +195,10 @@ CURVES = {
     "task": "curves",
     "methods": METHODS,
     "updates": {
-        "Blk-TriDiag K-FAC": 200,
-        "Blk-Diag K-FAC": 200,
-        "Blk-TriDiag K-FAC (no moment.)": 120,
-        "Blk-Diag K-FAC (no moment.)": 120,
+        "Blk-TriDiag K-FAC": 500,
+        "Blk-Diag K-FAC": 500,
+        "Blk-TriDiag K-FAC (no moment.)": 500,
+        "Blk-Diag K-FAC (no moment.)": 500,
         "baseline": 5000,
         "defaults, block-tridiagonal": 100,
         "defaults, block-diagonal": 100,
