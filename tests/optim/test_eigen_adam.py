@@ -202,7 +202,8 @@ def test_an_uncovered_parameter_takes_adams_own_step_with_decoupled_weight_decay
     model.linear.requires_grad_(False)
     twin = copy.deepcopy(model)
     x, y = data(ng.Gaussian(), 5, 3)
-    opt = ng.EigenAdam(model, ng.Gaussian(), lr=0.05, warmup=0, clip=None, eps=1e-6, weight_decay=0.1)
+    settings: dict[str, Any] = {"nesterov": False, "warmup": 0, "clip": None, "eps": 1e-6, "weight_decay": 0.1}
+    opt = ng.EigenAdam(model, ng.Gaussian(), lr=0.05, **settings)
     adam = torch.optim.AdamW([twin.scale], lr=0.05, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     for _ in range(5):
         opt.step(x, y)

@@ -23,7 +23,7 @@ class AdamStep:
 
     betas: tuple[float, float]
     eps: float
-    nesterov: bool = False
+    nesterov: bool = True
 
     def __call__(
         self,

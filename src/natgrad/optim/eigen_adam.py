@@ -95,7 +95,7 @@ class EigenAdam(WholeModelOptimizer):
         *,
         lr: float = 1.2e-2,
         betas: tuple[float, float] = (0.9, 0.98),
-        nesterov: bool = False,
+        nesterov: bool = True,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         warmup: int = 5,
