@@ -65,11 +65,12 @@ class GradientSquares:
             if isinstance(blocks[name].rule, LinearRule) and uses.get(name):
                 self._kept[name] = self._inputs(name, slice(0, rows))
 
-    def add(self, gradients: Mapping[str, list[Tensor]]) -> None:
+    def add(self, gradients: Mapping[str, list[Tensor]], alone: bool = False) -> None:
         """Add one cotangent's ``(Σ_t g_t ā_tᵀ)²`` in the eigenbasis.
 
         Args:
             gradients: g of every call, by layer name; other layers than those with a basis are passed over.
+            alone: the cotangent is that of one example, whose gradient then is the sum over all rows.
         """
         for name, basis in self.bases.items():
             if name not in gradients or not self.uses.get(name):
@@ -80,15 +81,17 @@ class GradientSquares:
             ]
             rule, kept = self._rule(name), self._kept.get(name)
             if isinstance(rule, EmbeddingRule):
-                self._add_embedding(name, rule, calls)
+                self._add_embedding(name, rule, calls, alone)
                 continue
-            at_once = self._rows if kept is not None else self._examples_at_once(name)
+            at_once = self._rows if alone or kept is not None else self._examples_at_once(name)
             for start in range(0, self._rows, at_once):
                 some = slice(start, min(start + at_once, self._rows))
                 found = [rule.stacked_gradient_rows(_of_examples(use, some), g[some]) for use, g in calls]
                 g = _without_stack(torch.cat(found, dim=2).to(basis.a.dtype), basis)
                 g = g if basis.QG is None else g @ _for_examples(basis.QG)
-                add_gradient_squares(self.sums[name], self._inputs(name, some) if kept is None else kept, g)
+                a = self._inputs(name, some) if kept is None else kept
+                a, g = (x.flatten(-3, -2).unsqueeze(-3) if alone else x for x in (a, g))
+                add_gradient_squares(self.sums[name], a, g)
 
     def add_diagonal(self, name: str, diagonal: Float[Tensor, "rows ... out"]) -> None:
         """Add what all of F_R gives for the linear layer whose output is z, where F_R is diagonal.
@@ -118,13 +121,13 @@ class GradientSquares:
         a = _without_stack(a, basis)
         return a if basis.QA is None else a @ _for_examples(basis.QA)
 
-    def _add_embedding(self, name: str, rule: EmbeddingRule, calls: Sequence[tuple[Use, Tensor]]) -> None:
+    def _add_embedding(self, name: str, rule: EmbeddingRule, calls: Sequence[tuple[Use, Tensor]], alone: bool) -> None:
         """``∇_n`` has a column for every index of an example: those alone are written out."""
         basis, total = self.bases[name], self.sums[name]
         vocabulary, some = total.shape[1], slice(0, self._rows)
         ids = torch.cat([rule.indices(_of_examples(use, some)) for use, _ in calls], dim=1)
         g = torch.cat([rule.gradient_rows(_of_examples(use, some), g[some]) for use, g in calls], dim=1)
-        keys = ids + vocabulary * torch.arange(self._rows, device=ids.device)[:, None]
+        keys = ids if alone else ids + vocabulary * torch.arange(self._rows, device=ids.device)[:, None]
         found, place = torch.unique(keys.flatten(), return_inverse=True)
         columns = g.new_zeros(len(found), g.shape[-1], dtype=total.dtype)
         columns.index_add_(0, place, g.flatten(0, 1).to(total.dtype))

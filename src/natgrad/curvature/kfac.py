@@ -13,13 +13,21 @@ from natgrad.curvature.block_inverse import BlockInverse, FactoredInverse
 from natgrad.curvature.cotangents import check_expectation, cotangents, fisher_diagonal, validate_targets
 from natgrad.curvature.ekfac import GradientSquares
 from natgrad.curvature.inverse import Eigenbasis, ExactInverse, eigenbasis, invert_block
-from natgrad.curvature.layer_sums import add_outputs, example_by_example, input_sums, leading_examples, leading_use
+from natgrad.curvature.layer_sums import (
+    add_outputs,
+    example_by_example,
+    examples_apart,
+    input_sums,
+    leading_examples,
+    leading_use,
+)
 from natgrad.curvature.pairs import PairSums
 from natgrad.curvature.uncovered import couples_examples
 from natgrad.layers.bare import BareRule
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.factors import flatten_rows
 from natgrad.layers.linear import LinearRule
+from natgrad.layers.rules import DiagonalRule
 from natgrad.likelihoods import Likelihood, is_plain_sum
 from natgrad.model_view import ModelView, batch_size, select_rows
 
@@ -124,7 +132,8 @@ def statistics_from(
         order: the layers of a chain in forward order, whose neighbours' cross factors are wanted too. All factors then
             come from the same rows and draws: ``diagonal_output`` and ``input_factors`` have no effect.
         coupled: whether an example's output depends on the other examples; the derivatives of an exact expectation
-            are then taken example by example.
+            are then taken example by example. So they are where some input does not have the examples in a dimension
+            of its own, for what came out may then serve several of them.
         keep_rows: keep rows in the place of matrices where they are fewer than columns (:class:`Gram`).
 
     Raises:
@@ -145,9 +154,17 @@ def statistics_from(
     known = (
         {source: flatten_rows(diagonal.expand_as(z_rows)).sum(0)} if source is not None and diagonal is not None else {}
     )
+    uses = record.uses
+    apart = not coupled and all(examples_apart(use.input, batch) for found in uses.values() for use in found)
+    alone = expectation == "exact" and not apart
+    together = alone or (expectation == "sampled" and coupled)
+    span = {
+        name: batch if together and isinstance(block.rule, DiagonalRule) else rows
+        for name, block in record.blocks.items()
+    }
     uses = {
-        name: [leading_use(record.blocks[name], use, rows, batch, apart=name in (bases or ())) for use in found]
-        for name, found in record.uses.items()
+        name: [leading_use(record.blocks[name], use, span[name], batch, apart=name in (bases or ())) for use in found]
+        for name, found in uses.items()
     }
     known_A = {} if order or input_factors is None else input_factors
     sums = {
@@ -174,7 +191,7 @@ def statistics_from(
             samples=samples,
             generator=generator,
         )
-        if (bare and expectation != "sampled") or (coupled and expectation == "exact"):
+        if alone or (bare and expectation != "sampled"):
             stacks = (part for stack in stacks for part in example_by_example(stack))
         parameters = [p for block in bare.values() for p in block.parameters.values()]
         for stack in stacks:
@@ -182,9 +199,10 @@ def statistics_from(
                 for name in known:
                     found.pop(name, None)
                 for name, gradients in found.items():
-                    add_outputs(sums[name], record.blocks[name], uses[name], gradients, rows, batch)
+                    block = record.blocks[name]
+                    add_outputs(sums[name], block, uses[name], gradients, span[name], batch, together=together)
                 if squares is not None:
-                    squares.add(found)
+                    squares.add(found, alone)
                 if pairs is not None:
                     pairs.add(found)
                 for name, gradient in zip(bare, bare_gradients, strict=True):

@@ -65,9 +65,27 @@ def input_sums(
 
 
 def add_outputs(
-    sums: LayerSums, block: Block, uses: Sequence[Use], gradients: list[Tensor], rows: int, batch: int
+    sums: LayerSums,
+    block: Block,
+    uses: Sequence[Use],
+    gradients: list[Tensor],
+    rows: int,
+    batch: int,
+    *,
+    together: bool = False,
 ) -> None:
-    """Add ``Σ g gᵀ`` over the calls, or for a diagonal rule the squares of the examples' gradients."""
+    """Add ``Σ g gᵀ`` over the calls, or for a diagonal rule the squares of the examples' gradients.
+
+    Args:
+        sums: of the layer, added to in place.
+        block: of the layer.
+        uses: its calls.
+        gradients: the derivatives of their outputs.
+        rows: the number of leading examples.
+        batch: of all examples.
+        together: take the square of the gradient of all rows: the derivatives are those of one example in whatever
+            row, or their scores are independent with mean zero, so that ``E (Σ_n ∇_n)² = Σ_n E ∇_n²``.
+    """
     rule = block.rule
     if isinstance(rule, KroneckerRule):
         for use, g in zip(uses, gradients, strict=True):
@@ -84,6 +102,8 @@ def add_outputs(
         ]
         if all(part.shape == parts[0].shape for part in parts):  # an example's gradient is the sum over the calls
             parts = [torch.stack(parts).sum(0)] if len(parts) > 1 else parts
+        if together:
+            parts = [torch.cat(parts).sum(0, keepdim=True)] if parts else []
         for part in parts:
             to_dense(sums.A).add_(part.square().sum(0))
 
@@ -128,7 +148,7 @@ def leading_use(block: Block, use: Use, rows: int, batch: int, *, apart: bool = 
     shape = use.output_shape
     if share == 1 and use.arrange is None and shape[:1] == (batch,):
         shape = torch.Size((rows, *shape[1:]))
-    return replace(use, input=a, output_shape=shape, share=share)
+    return replace(use, input=a, output_shape=shape, share=share, whole=use.input)
 
 
 def _leading_gradient(use: Use, g: Tensor, rows: int, batch: int) -> tuple[Use, Tensor]:
@@ -150,6 +170,19 @@ def example_by_example(stack: Float[Tensor, "k rows ..."]) -> Iterator[Float[Ten
             alone = cotangent.new_zeros(len(index), *cotangent.shape)
             alone[index - start, index] = cotangent[index]
             yield alone
+
+
+def examples_apart(x: Tensor, batch: int) -> bool:
+    """Whether a layer's input has a dimension for the examples: 0, or 1 behind several positions.
+
+    Without one its rows may be examples and positions side by side, or positions that serve all examples (those of a
+    learned position embedding), whose derivatives are then sums over examples.
+
+    Args:
+        x: the input.
+        batch: the number of examples; where targets of sequences were flattened, that of all positions.
+    """
+    return x.shape[:1] == (batch,) or (x.ndim > 1 and x.shape[0] > 1 and x.shape[1] == batch)
 
 
 def leading_examples(x: Tensor, rows: int, batch: int) -> tuple[Tensor, float]:

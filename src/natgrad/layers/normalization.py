@@ -67,7 +67,8 @@ class ChannelsRule(AffineRule):
         if isinstance(layer, torch.nn.modules.instancenorm._InstanceNorm):
             flat = x if x.ndim == layer._get_no_batch_dim() + 1 else x[None]
             return F.instance_norm(flat, *running, None, None, own, 0.0, layer.eps).reshape(x.shape)
-        return F.batch_norm(x, *running, None, None, own, 0.0, layer.eps)
+        batch = x if use.whole is None or not own else use.whole
+        return F.batch_norm(batch, *running, None, None, own, 0.0, layer.eps)[: len(x)]
 
     def summed(self, use: Use, x: Tensor) -> Float[Tensor, "examples columns"]:
         """Over the positions behind the channels."""

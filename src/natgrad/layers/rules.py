@@ -36,6 +36,7 @@ class Use:
         share: of the examples that are asked for in the rows of ``input``, where they cannot be told apart.
         every: sums over inputs are made of every so many positions of an example, and count as many times.
         phase: the first of them.
+        whole: the input of the whole batch, where ``input`` is that of its first examples.
     """
 
     layer: Any
@@ -47,6 +48,7 @@ class Use:
     share: float = 1.0
     every: int = 1
     phase: int = 0
+    whole: Tensor | None = None
 
     def thinned(self, rows: Tensor, dim: int = 1) -> tuple[Tensor, int]:
         """The positions that sums over inputs are made of, and how often each of them counts.

@@ -257,6 +257,7 @@ class Evaluator:
             input_factors=known,
             bases=self.inverses.bases if self.inverses is not None else None,
             order=order,
+            coupled=couples_examples(self.view.module),
             keep_rows=not order,
         )
         if self.diagonal:
