@@ -45,8 +45,24 @@ def test_one_newton_step_is_a_minimum(out, d, more_n, more_p) -> None:
 def test_newton_step_refusals() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         bilinear.bilinear_newton_step(draw(2, 3), draw(3, 4), draw(2, 2), draw(4, 2))
-    with pytest.raises(ValueError, match="A A' .*singular"):
+    with pytest.raises(ValueError, match=r"A A' is singular .*expected A \(3, 2\) with linearly independent rows"):
         bilinear.bilinear_newton_step(draw(2, 3), draw(3, 2), draw(2, 2), draw(2, 2))
+    with pytest.raises(ValueError, match="B B' is singular"):
+        bilinear.bilinear_newton_step(draw(2, 3), draw(3, 4), draw(2, 1), draw(1, 4))
+
+
+def test_matrices_that_do_not_belong_together_are_refused() -> None:
+    A, B = draw(3, 4), draw(2, 5)
+    for function in (bilinear.summed_hessian, bilinear.kronecker_approximation):
+        with pytest.raises(ValueError, match="one B for each A, and at least one; got 2 and 1"):
+            function([A, A], [B])
+        with pytest.raises(ValueError, match="got 0 and 0"):
+            function([], [])
+    for function in (bilinear.tied_hessian, bilinear.distributed_inverse):
+        with pytest.raises(
+            ValueError, match=r"K: expected \[6, free\], a row for each entry of W \[2, 3\]; got \[5, 2\]"
+        ):
+            function(draw(5, 2), A, B)
 
 
 class ReLUNet(nn.Module):

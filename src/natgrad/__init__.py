@@ -26,8 +26,9 @@ from natgrad.optim.dense_newton import Newton
 from natgrad.optim.eigen_adam import EigenAdam
 from natgrad.optim.health import health
 from natgrad.optim.hessian_free import HessianFree
+from natgrad.optim.inner_solve import InnerSolve, LineSearch
 from natgrad.optim.kfac import KFAC
-from natgrad.optim.krylov_descent import KrylovDescent
+from natgrad.optim.krylov_descent import KrylovDescent, SubspaceSearch
 from natgrad.optim.krylov_preconditioner import KroneckerPreconditioner
 from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.nesterov import NesterovSGD
@@ -62,6 +63,7 @@ __all__ = [
     "GreedyGamma",
     "Hessian",
     "HessianFree",
+    "InnerSolve",
     "Jacobian",
     "KLClip",
     "KrylovDescent",
@@ -69,6 +71,7 @@ __all__ = [
     "KrylovSolver",
     "LevenbergMarquardt",
     "Likelihood",
+    "LineSearch",
     "NaturalGradient",
     "NesterovSGD",
     "Newton",
@@ -80,6 +83,7 @@ __all__ = [
     "Renewal",
     "Rescaling",
     "StepGuard",
+    "SubspaceSearch",
     "Subsets",
     "__version__",
     "diagnostics",

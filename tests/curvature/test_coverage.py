@@ -252,3 +252,14 @@ def test_mapping_tuple_and_forward():
         torch.testing.assert_close(kronecker_fisher(model, Gaussian(), inputs, forward=forward).to_dense(), expected)
     with pytest.raises(TypeError, match="forward"):
         kronecker_fisher(model, Gaussian(), (x, shift))
+
+
+def test_another_structure_is_proposed_only_where_it_would_help() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    net[2].weight = net[0].weight  # and biases of their own: no structure has a factor for these
+    with pytest.raises(ValueError, match="shared with another module") as refused:
+        kronecker_fisher(net, Gaussian(), torch.ones(4, 2).double(), structure="block_tridiagonal")
+    assert "block_diagonal" not in str(refused.value)
+    net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(4, 2)).double()
+    with pytest.raises(ValueError, match="which structure 'block_tridiagonal' does not cover.*use structure='block_di"):
+        kronecker_fisher(net, Gaussian(), torch.ones(4, 1, 2, 2).double(), structure="block_tridiagonal")

@@ -6,10 +6,17 @@ import pytest
 import torch
 from curvature import oracle
 from curvature.oracle import Net
-from torch import Tensor
+from torch import Tensor, nn
 
 from natgrad.curvature import kronecker_fisher
-from natgrad.diagnostics import cumulant_report, exact_pass, pair_cumulants
+from natgrad.diagnostics import (
+    HeskesDistance,
+    cumulant_report,
+    exact_pass,
+    fisher_residuals,
+    layerwise_kl,
+    pair_cumulants,
+)
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian
 from natgrad.operators.autodiff import Fisher
 
@@ -116,3 +123,16 @@ def test_what_is_refused() -> None:
         cumulant_report(Net([3, 2]), Gaussian(), draw(4, 3), layers=("fc",))
     with pytest.raises(ValueError, match="layer 'layers.0' .*one row for each of the 4 examples"):
         cumulant_report(Net([3, 2]), Gaussian(), draw(4, 2, 3))
+    images = draw(3, 1, 4, 4)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2)).double()
+    theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    for refused in (
+        lambda: cumulant_report(net, Gaussian(), images),
+        lambda: fisher_residuals(net, Gaussian(), images),
+        lambda: HeskesDistance(net, Gaussian(), images),
+        lambda: layerwise_kl(net, Gaussian(), images, theta),
+    ):
+        with pytest.raises(ValueError, match=r"nn\.Linear layers alone, got 0\.weight \(Conv2d\), .*; freeze those"):
+            refused()
+    net[0].requires_grad_(False)
+    assert fisher_residuals(net, Gaussian(), images)["full"].layers == ("2",)

@@ -98,3 +98,18 @@ def test_exact_structures_and_periods() -> None:
         kfac_operations(SIZES, 100, structure="full")
     with pytest.raises(ValueError, match="sizes"):
         kfac_operations([], 100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sizes": [784, 100, 10]}, r"sizes: expected \(inputs, outputs\) of every layer.*got \[784, 100, 10\]"),
+        ({"m": 0}, "m=0: expected at least 1"),
+        ({"T3": 0}, "T3=0: expected at least 1"),
+        ({"tau1": 2}, "tau1=2: expected a share of the batch"),
+        ({"tau2": float("nan")}, "tau2=nan: expected a share"),
+    ],
+)
+def test_settings_out_of_range(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        kfac_operations(**{"sizes": SIZES, "m": 100, **settings})

@@ -8,7 +8,7 @@ from oracles.kfac import data, mlp, vector
 from torch import Tensor, nn
 
 import natgrad as ng
-from natgrad.optim.inner_solve import InnerSolve
+from natgrad import InnerSolve
 
 LIKELIHOODS = {
     "linear": ng.Gaussian(variance=0.25),

@@ -11,9 +11,9 @@ from oracles.kfac import data, gradient_of, mlp, objective, vector
 from torch import Tensor, nn
 
 import natgrad as ng
+from natgrad import SubspaceSearch
 from natgrad.linalg import cg
 from natgrad.linalg.krylov_basis import krylov_basis
-from natgrad.optim.krylov_descent import SubspaceSearch
 
 
 def system(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from natgrad.curvature.base import to_dense
 from natgrad.curvature.fisher import kronecker_fisher
-from natgrad.diagnostics.passes import exact_pass
-from natgrad.layers.coverage import cover
+from natgrad.diagnostics.passes import exact_pass, linear_layers
 from natgrad.likelihoods import Likelihood
 from natgrad.likelihoods.base import MeanParametrised
 from natgrad.model_view import Forward, ModelView
@@ -100,7 +99,7 @@ def layerwise_kl(
     with torch.no_grad():
         z = view.functional(own, x)
     total = z.new_zeros(())
-    for members in cover(view, structure="layerwise").members.values():
+    for members in linear_layers(view).members.values():
         changed = {member: given[member] for member in members if member is not None}
         z_changed = view.functional({**own, **changed}, x)
         of, other = (z_changed, z) if reverse else (z, z_changed)

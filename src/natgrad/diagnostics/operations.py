@@ -86,12 +86,21 @@ def kfac_operations(
         low_rank: use the rank-m form of task 6 where it is cheaper; block_diagonal only.
 
     Raises:
-        ValueError: an unknown structure, or no layer.
+        ValueError: an unknown structure, no layer or sizes that are no pairs, or a number out of range.
     """
     if structure not in ("block_diagonal", "block_tridiagonal", "ekfac"):
         raise ValueError(f"structure={structure!r}: expected 'block_diagonal', 'block_tridiagonal' or 'ekfac'")
-    if not sizes:
-        raise ValueError("sizes: expected (inputs, outputs) of at least one layer")
+    if not sizes or not all(isinstance(size, Sequence) and len(size) == 2 for size in sizes):
+        raise ValueError(
+            f"sizes: expected (inputs, outputs) of every layer, at least of one, such as [(784, 100), (100, 10)]; got "
+            f"{sizes}"
+        )
+    for name, value in (("m", m), ("T1", T1), ("T2", T2), ("T3", T3), ("statistics_every", statistics_every)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
+    for name, value in (("tau1", tau1), ("tau2", tau2), ("rho_share", rho_share)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value}: expected a share of the batch, from 0 to 1")
     candidates = 1.0 if T2 is None else 1 + 2 / T2
     weights = float(sum(i * o for i, o in sizes))
     above = weights - sizes[0][0] * sizes[0][1]  # the pass that needs no derivative of the data

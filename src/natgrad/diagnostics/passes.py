@@ -39,6 +39,22 @@ class Pass:
     scale: Float[Tensor, ""]
 
 
+def linear_layers(view: ModelView) -> Coverage:
+    """The ``nn.Linear`` layers of a model that has trainable parameters nowhere else.
+
+    Raises:
+        ValueError: a trainable parameter belongs to no such layer; it is named.
+    """
+    coverage = cover(view, uncovered="identity", structure="layerwise")
+    if coverage.uncovered:
+        named = ", ".join(f"{name} ({reason})" for name, reason in coverage.reasons.items())
+        raise ValueError(
+            f"model: expected trainable parameters in nn.Linear layers alone, got {named}; freeze those with "
+            "requires_grad_(False)"
+        )
+    return coverage
+
+
 def exact_pass(
     model: nn.Module, likelihood: Likelihood, x: Any, *, y: Any = None, forward: Forward | None = None
 ) -> Pass:
@@ -57,7 +73,7 @@ def exact_pass(
     check_likelihood(likelihood)
     batch_size(x)
     view = ModelView(model, forward)
-    coverage = cover(view, structure="layerwise")
+    coverage = linear_layers(view)
     capture = Capture(model, coverage.layers)
     try:
         with view.curvature_pass(), view.snapshot():

@@ -29,7 +29,18 @@ def regression_view(
     Raises:
         ValueError: Σ is singular; a damping is proposed.
     """
-    precision = spd_inverse(covariance, check=True, what="the covariance").value if inverse is None else inverse
+    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+        raise ValueError(f"covariance: expected a square matrix, got shape {list(covariance.shape)}")
+    if inverse is None:
+        try:
+            inverse = spd_inverse(covariance, check=True).value
+        except ValueError as error:
+            scale = 1e-3 * (float(covariance.diagonal().abs().mean()) or 1.0)
+            raise ValueError(
+                f"the covariance {tuple(covariance.shape)} is singular, not positive definite or not finite; add a "
+                f"multiple of the identity to it, for example {scale:.1e}"
+            ) from error
+    precision = inverse
     D = precision.diagonal().reciprocal()
     B = -D[:, None] * precision
     B.fill_diagonal_(0.0)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.curvature.fisher import kronecker_fisher
-from natgrad.layers.coverage import cover
+from natgrad.diagnostics.passes import linear_layers
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView
 from natgrad.operators.autodiff import Fisher
@@ -146,7 +146,7 @@ def layer_sizes(view: ModelView) -> dict[str, int]:
     Raises:
         ValueError: a parameter belongs to no ``nn.Linear`` layer; it is named.
     """
-    coverage = cover(view, structure="layerwise")
+    coverage = linear_layers(view)
     return {
         name: sum(coverage.sizes[member] for member in members if member is not None)
         for name, members in coverage.members.items()

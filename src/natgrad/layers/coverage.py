@@ -16,6 +16,7 @@ from natgrad.model_view import ModelView, clean_name
 Uncovered = Literal["error", "identity", "diagonal"]
 
 EXCLUDED = "excluded"
+_NOT_IN_STRUCTURE = "which structure"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,11 @@ def cover(
     unwanted = {name: reason for name, reason in ordered.items() if reason != EXCLUDED}
     if unwanted and uncovered == "error":
         named = ", ".join(f"{name} ({reason})" for name, reason in unwanted.items())
-        wider = "use structure='block_diagonal', " if structure == "block_tridiagonal" else ""
+        wider = (
+            "use structure='block_diagonal', "
+            if _NOT_IN_STRUCTURE in named and structure == "block_tridiagonal"
+            else ""
+        )
         raise ValueError(
             f"no factor covers {named}; {wider}freeze them with requires_grad_(False), pass uncovered='identity' or "
             "uncovered='diagonal' to say how they are treated, or give their kind a rule with natgrad.register_layer"
@@ -187,7 +192,7 @@ class _Finder:
         if self.structure not in rule.structures_of(module):
             if self.structure == "layerwise":
                 return kind
-            return f"{kind}, which structure {self.structure!r} does not cover"
+            return f"{kind}, {_NOT_IN_STRUCTURE} {self.structure!r} does not cover"
         return None
 
     def leads(self, module: nn.Module, own: Mapping[str, nn.Parameter]) -> bool:

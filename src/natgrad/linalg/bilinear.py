@@ -47,8 +47,16 @@ def bilinear_newton_step(
             f"B' W A: W {tuple(W.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)} and Y {tuple(Y.shape)} do not fit; "
             "expected W [out, in], A [in, n], B [out, p], Y [p, n]"
         )
-    left = spd_inverse(B @ B.T, check=True, what="B B'").value
-    right = spd_inverse(A @ A.T, check=True, what="A A'").value
+    inverses = []
+    for what, M in (("A", A), ("B", B)):
+        try:
+            inverses.append(spd_inverse(M @ M.T, check=True).value)
+        except ValueError as error:
+            raise ValueError(
+                f"{what} {what}' is singular or not finite, and Newton's step not unique: expected {what} "
+                f"{tuple(M.shape)} with linearly independent rows"
+            ) from error
+    right, left = inverses
     return W - left @ bilinear_gradient(W, A, B, Y) @ right
 
 
@@ -60,14 +68,24 @@ def bilinear_hessian(A: Float[Tensor, "columns n"], B: Float[Tensor, "out p"]) -
 def summed_hessian(
     A: Sequence[Float[Tensor, "columns n"]], B: Sequence[Float[Tensor, "out p"]]
 ) -> Float[Tensor, "size size"]:
-    """``Σ_i A_i A_i' ⊗ B_i B_i'``: for examples with an A and a B of their own [NEWTON, "Piecewise Linear Network"]."""
+    """``Σ_i A_i A_i' ⊗ B_i B_i'``: for examples with an A and a B of their own [NEWTON, "Piecewise Linear Network"].
+
+    Raises:
+        ValueError: not one B for each A.
+    """
+    _check_pairs(A, B)
     return torch.stack([bilinear_hessian(a, b) for a, b in zip(A, B, strict=True)]).sum(0)
 
 
 def kronecker_approximation(
     A: Sequence[Float[Tensor, "columns n"]], B: Sequence[Float[Tensor, "out p"]]
 ) -> Float[Tensor, "size size"]:
-    """``1/n (Σ_i A_i A_i') ⊗ (Σ_i B_i B_i')``: that of :func:`summed_hessian`. The 1/n is missing in print."""
+    """``1/n (Σ_i A_i A_i') ⊗ (Σ_i B_i B_i')``: that of :func:`summed_hessian`. The 1/n is missing in print.
+
+    Raises:
+        ValueError: not one B for each A.
+    """
+    _check_pairs(A, B)
     left = torch.stack([a @ a.T for a in A]).sum(0)
     right = torch.stack([b @ b.T for b in B]).sum(0)
     return torch.kron(left, right) / len(A)
@@ -76,7 +94,12 @@ def kronecker_approximation(
 def tied_hessian(
     K: Float[Tensor, "size free"], A: Float[Tensor, "columns n"], B: Float[Tensor, "out p"]
 ) -> Float[Tensor, "free free"]:
-    """``K' (A A' ⊗ B B') K``: the Hessian in u where ``vec(W) = K u`` [NEWTON, "Convolutional Network"]."""
+    """``K' (A A' ⊗ B B') K``: the Hessian in u where ``vec(W) = K u`` [NEWTON, "Convolutional Network"].
+
+    Raises:
+        ValueError: K has not one row for each entry of W.
+    """
+    _check_tiling(K, A, B)
     return K.T @ bilinear_hessian(A, B) @ K
 
 
@@ -86,7 +109,11 @@ def distributed_inverse(
     """``K⁺ ((A A')^{-1} ⊗ (B B')^{-1}) K⁺'``: what the inverse of :func:`tied_hessian` is *not*.
 
     It is the inverse only where K is square. It is here to see how far off it is.
+
+    Raises:
+        ValueError: K has not one row for each entry of W, or ``A A'`` or ``B B'`` is singular.
     """
+    _check_tiling(K, A, B)
     pseudo = torch.linalg.pinv(K)
     inverses = [spd_inverse(M @ M.T, check=True, what=what).value for M, what in ((A, "A A'"), (B, "B B'"))]
     return pseudo @ torch.kron(*inverses) @ pseudo.T
@@ -119,3 +146,16 @@ def convolution_tiling(
         images = F.conv2d(one_hot, U.reshape(kernel), stride=stride, padding=padding)
         columns.append(images.reshape(-1))  # row i is W's column i: its columns stacked
     return torch.stack(columns, dim=1)
+
+
+def _check_pairs(A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
+    if len(A) != len(B) or not A:
+        raise ValueError(f"A, B: expected one B for each A, and at least one; got {len(A)} and {len(B)}")
+
+
+def _check_tiling(K: Tensor, A: Tensor, B: Tensor) -> None:
+    size = A.shape[0] * B.shape[0]
+    if K.ndim != 2 or K.shape[0] != size:
+        raise ValueError(
+            f"K: expected [{size}, free], a row for each entry of W [{B.shape[0]}, {A.shape[0]}]; got {list(K.shape)}"
+        )

@@ -157,7 +157,8 @@ def _well_conditioned(L: Float[Tensor, "n n"]) -> bool:
 def _not_definite(M: Tensor, what: str, damping: float | Tensor = 0.0) -> str:
     if not torch.isfinite(M).all():
         return f"{what} {tuple(M.shape)} holds NaN or infinite values"
-    proposal = max(float(M.diagonal(dim1=-2, dim2=-1).mean()) * 1e-3, torch.finfo(M.dtype).tiny)
+    mean = float(M.diagonal(dim1=-2, dim2=-1).mean())
+    proposal = 1e-3 * (mean if mean > 0 else float(M.abs().max()) or 1.0)
     given = float(torch.as_tensor(damping).max())
     return (
         f"{what} {tuple(M.shape)} is singular to working precision with damping={given:g}; "
