@@ -5,7 +5,7 @@ Gaussian targets [KFAC, sec. 13].
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -148,7 +148,7 @@ def _mnist(folder: Path | None, seed: int) -> tuple[Tensor, Tensor, str]:
         pixels = fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff").data
         return torch.from_numpy(pixels).float().view(70_000, 784) / 255.0
 
-    pixels = _download("MNIST", fetch, names)
+    pixels = download("MNIST", fetch, names)
     return pixels[:60_000], pixels[60_000:], description
 
 
@@ -170,7 +170,7 @@ def photographs(folder: Path | None = None) -> Tensor:
         return torch.from_numpy(fetch_olivetti_faces().images)
 
     return (
-        files.read_faces(paths[name]) if paths is not None else _download("the Olivetti faces", fetch, [name])
+        files.read_faces(paths[name]) if paths is not None else download("the Olivetti faces", fetch, [name])
     ).float()
 
 
@@ -194,8 +194,17 @@ def split_faces(faces: Tensor, per_face: int, seed: int) -> tuple[Tensor, Tensor
     return (train - mean) / scale, (test - mean) / scale
 
 
-def _download(what: str, fetch: Callable[[], Tensor], names: tuple[str, ...] | list[str]) -> Tensor:
-    """What scikit-learn downloads, or an error that says how to do without."""
+def download(what: str, fetch: Callable[[], Any], names: Sequence[str]) -> Any:
+    """What scikit-learn downloads, or an error that says how to do without.
+
+    Args:
+        what: As the error names it.
+        fetch: Downloads it.
+        names: Of the files that would do instead.
+
+    Raises:
+        DataError: it could not be downloaded.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # scikit-learn's about each attempt; the error below says it once

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from natgrad_lab import files
+from natgrad_lab.data import download
 from natgrad_lab.files import DataError
 
 NAMES = ("mnist", "digits", "cifar10")
@@ -102,13 +104,11 @@ def _mnist(folder: Path | None) -> tuple[Tensor, Tensor]:
     if paths is not None:
         found = [files.read_idx(paths[name]) for name in names]
         return torch.cat(found[:2]).flatten(1).float() / 255.0, torch.cat(found[2:])
-    try:
+
+    def fetch() -> Any:
         from sklearn.datasets import fetch_openml
 
-        fetched = fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff")
-    except Exception as error:  # of the network, the server, the disk or a file that came only in part
-        raise DataError(
-            f"MNIST could not be downloaded ({type(error).__name__}); without a network, put its four files into a "
-            "folder and name it with --data FOLDER or in the environment variable NATGRAD_DATA"
-        ) from error
+        return fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff")
+
+    fetched = download("MNIST", fetch, names)
     return torch.from_numpy(fetched.data).float() / 255.0, torch.tensor([int(label) for label in fetched.target])

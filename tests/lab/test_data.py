@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from scipy.interpolate import CubicSpline
 
 from natgrad import Bernoulli, Gaussian
-from natgrad_lab import data, files, generate
+from natgrad_lab import data, files, generate, labelled
 
 
 @pytest.fixture(autouse=True)
@@ -258,6 +259,22 @@ def test_corrupt_file_is_named_with_both_checksums(tmp_path: Path) -> None:
         f"{len(content)} bytes",
     ):
         assert part in str(error.value)
+
+
+def test_without_a_network_labelled_digits_say_so_without_warnings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import sklearn.datasets
+
+    def offline(*args: object, **kwargs: object) -> None:
+        warnings.warn("A network error occurred. Retrying...", stacklevel=1)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(sklearn.datasets, "fetch_openml", offline)
+    monkeypatch.setenv("NATGRAD_DATA", str(tmp_path))
+    with warnings.catch_warnings(record=True) as heard, pytest.raises(ValueError, match="t10k-labels-idx1") as error:
+        labelled.load("mnist")
+    assert not heard and "could not be downloaded (OSError: Name or service not known)" in str(error.value)
 
 
 @pytest.mark.parametrize(
