@@ -242,12 +242,6 @@ def test_attention_is_left_as_it_was() -> None:
     assert "attention.in_proj" in cover and "3 of 5 x 4" in cover
 
 
-def test_attention_with_other_widths_is_refused_by_name() -> None:
-    model = nn.MultiheadAttention(4, 2, kdim=3, vdim=3)
-    with pytest.raises(ValueError, match=r"in_proj_bias \(MultiheadAttention with kdim or vdim"):
-        ng.kronecker_fisher(model, ng.Gaussian(), draw(2, 3, 4))
-
-
 @pytest.mark.parametrize(("layer", "name"), [(nn.EmbeddingBag(5, 2), "EmbeddingBag, which sums")])
 def test_layers_without_factors_are_named(layer: nn.Module, name: str) -> None:
     with pytest.raises(ValueError, match=name):

@@ -1,8 +1,9 @@
 r"""The projections inside ``nn.MultiheadAttention``, which the module uses without calling a layer.
 
-Two blocks: ``NAME.in_proj``, a stack of the three projections of query, key and value, and ``NAME.out_proj``. What
-goes into them and comes out is seen by running torch's own attention function with a ``linear`` that keeps record,
-in recorded passes alone.
+Two blocks: ``NAME.in_proj``, a stack of the three projections of query, key and value, and ``NAME.out_proj``. With
+``kdim`` or ``vdim`` the three have shapes of their own and are three blocks, of their weights alone: torch keeps their
+biases in one parameter. What goes into them and comes out is seen by running torch's own attention function with a
+``linear`` that keeps record, in recorded passes alone.
 """
 
 import types
@@ -17,9 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 from natgrad.layers.factors import flatten_rows, input_moment, second_moment
 from natgrad.layers.linear import LinearRule
-from natgrad.layers.rules import Block, KroneckerRule, Use
+from natgrad.layers.rules import Block, KroneckerRule, LayerRule, Use
 
-# (which projection: "in_proj" or "out_proj", input, output, slot, arrange)
+# The projections of other widths than the module's, as torch calls them.
+_SEPARATE = ("q_proj", "k_proj", "v_proj")
+# (which projection: "in_proj", "out_proj" or one of the above, input, output, slot, arrange)
 Seen = Callable[[str, Tensor, Tensor, slice | None, Callable[[Tensor], Tensor]], None]
 
 
@@ -57,6 +60,9 @@ class Interceptor(TorchFunctionMode):
                 first = weight.storage_offset() - layer.in_proj_weight.storage_offset()
                 start = first // layer.in_proj_weight.stride(0) // layer.embed_dim
                 seen("in_proj", arrange(x), out, slice(start, start + len(weight) // layer.embed_dim), arrange)
+            else:
+                which = next(name for name in _SEPARATE if weight is getattr(layer, f"{name}_weight"))
+                seen(which, arrange(x), out, None, arrange)
             return out
 
         return linear
@@ -93,10 +99,6 @@ class InProjectionRule(KroneckerRule):
     attributes = ("in_proj_weight", "in_proj_bias")
     captured = False
     interceptor = Interceptor
-
-    def refuse(self, layer: Any) -> str | None:
-        """Keys and values of other widths have weights of their own."""
-        return None if layer._qkv_same_embed_dim else "with kdim or vdim, whose projections have other shapes"
 
     def rows(self, use: Use) -> Float[Tensor, "examples positions in"]:
         """The input, examples first."""
@@ -160,6 +162,48 @@ class InProjectionRule(KroneckerRule):
         if "in_proj_weight" in names:
             parts["in_proj_weight"] = V[:, : layer.embed_dim]
         return parts | ({"in_proj_bias": V[:, -1]} if "in_proj_bias" in names else {})
+
+
+class SeparateProjectionRule(KroneckerRule):
+    """The projection of query, key or value by a weight of its own, without the bias.
+
+    Args:
+        which: ``"q_proj"``, ``"k_proj"`` or ``"v_proj"``.
+    """
+
+    captured = False
+    interceptor = Interceptor
+
+    def __init__(self, which: str) -> None:
+        self.attributes = (f"{which}_weight",)
+
+    def rows(self, use: Use) -> Float[Tensor, "examples positions in"]:
+        """The input, examples first."""
+        return use.input.reshape(use.input.shape[0], -1, use.input.shape[-1])
+
+    def gradient_rows(self, use: Use, g: Tensor) -> Float[Tensor, "examples positions out"]:
+        """The derivatives of the projection."""
+        g = use.gradient(g)
+        return g.reshape(g.shape[0], -1, g.shape[-1])
+
+    def shape(self, layer: Any, names: Sequence[str]) -> tuple[int, ...]:
+        """(out, in)."""
+        return tuple(getattr(layer, self.attributes[0]).shape)
+
+    def to_matrix(self, layer: Any, parts: Mapping[str, Tensor]) -> Tensor:
+        """W."""
+        return parts[self.attributes[0]]
+
+    def from_matrix(self, layer: Any, V: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """W."""
+        return {self.attributes[0]: V.view_as(V)}
+
+
+def rules_of_attention(layer: nn.MultiheadAttention) -> dict[str, LayerRule]:
+    """The rules of the projections that a module has."""
+    if layer._qkv_same_embed_dim:
+        return {"in_proj": InProjectionRule(), "out_proj": OutProjectionRule()}
+    return {which: SeparateProjectionRule(which) for which in _SEPARATE} | {"out_proj": OutProjectionRule()}
 
 
 def _attention_with(linear: Callable[..., Tensor]) -> Callable[..., Any]:

@@ -17,13 +17,14 @@ class BareRule(DiagonalRule):
     that is made anyway. Other expectations take one backward pass per example.
 
     Args:
-        attribute: of the module that holds the parameter.
+        attribute: of the module that holds the parameter; of one of them where several do.
+        reason: why no other rule covers it, for a table; None for a parameter of a module of your own.
     """
 
     captured = False
 
-    def __init__(self, attribute: str) -> None:
-        self.attributes = (attribute,)
+    def __init__(self, attribute: str, reason: str | None = None) -> None:
+        self.attributes, self.reason = (attribute,), reason
 
     def parameters(self, layer: Any) -> dict[str, nn.Parameter]:
         """The parameter."""
@@ -39,4 +40,4 @@ class BareRule(DiagonalRule):
 
     def describe(self, block: Block) -> str:
         """Diagonal, and of what."""
-        return f"diagonal (parameter of {type(block.layer).__name__})"
+        return f"diagonal ({self.reason or f'parameter of {type(block.layer).__name__}'})"

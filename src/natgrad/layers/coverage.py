@@ -69,6 +69,8 @@ def cover(
     structure: str = "block_diagonal",
     sharing: str | Mapping[str, str] = "expand",
     exclude: Collection[str] = (),
+    *,
+    bare: bool = False,
 ) -> Coverage:
     """Find the layers that have rules, and the parameters that no rule covers.
 
@@ -84,11 +86,13 @@ def cover(
         structure: of the curvature; ``"layerwise"`` for methods that treat each ``nn.Linear`` by itself.
         sharing: how positions count, ``"expand"`` or ``"reduce"``; or a mapping from layer names (others expand).
         exclude: names of modules (with all inside them), layers or bare parameters that are left uncovered on purpose.
+        bare: with ``uncovered="diagonal"``, whether those parameters are blocks like the bare ones, so that nothing is
+            left uncovered; otherwise their diagonal is for the caller to find.
 
     Raises:
         TypeError: ``exclude`` is one string.
         ValueError: an unknown ``uncovered`` or ``sharing``, a name in ``exclude`` that nothing has; or ``uncovered`` is
-            ``"error"`` and a parameter is not covered (each is named).
+            ``"error"`` and a parameter is not covered (each is named); or a parameter that cannot have a diagonal.
     """
     if uncovered not in get_args(Uncovered):
         raise ValueError(f"uncovered={uncovered!r}: expected one of {', '.join(map(repr, get_args(Uncovered)))}")
@@ -121,10 +125,14 @@ def cover(
             if _NOT_IN_STRUCTURE in named and structure == "block_tridiagonal"
             else ""
         )
+        diagonal = " or uncovered='diagonal'" if structure not in ("layerwise", "input_covariance") else ""
         raise ValueError(
-            f"no factor covers {named}; {wider}freeze them with requires_grad_(False), pass uncovered='identity' or "
-            "uncovered='diagonal' to say how they are treated, or give their kind a rule with natgrad.register_layer"
+            f"no factor covers {named}; {wider}freeze them with requires_grad_(False), pass uncovered='identity'"
+            f"{diagonal} to say how they are treated, or give their kind a rule with natgrad.register_layer"
         )
+    if bare and uncovered == "diagonal":
+        blocks |= finder.bare(unwanted)
+        ordered = {name: reason for name, reason in ordered.items() if reason == EXCLUDED}
     finder.check_names(blocks)
     sizes = {name: p.numel() for name, p in parameters.items()}
     layers = {name: block.layer for name, block in blocks.items()}
@@ -208,6 +216,32 @@ class _Finder:
         if not rule.shares:
             return "expand"
         return self.sharing.get(name, "expand") if isinstance(self.sharing, Mapping) else self.sharing
+
+    def bare(self, reasons: Mapping[str, str]) -> dict[str, Block]:
+        """Diagonal blocks of parameters that no other rule covers, by name.
+
+        Args:
+            reasons: per parameter, why none does.
+
+        Raises:
+            ValueError: the structure takes no derivatives, or those of a parameter are sparse.
+        """
+        if reasons and self.structure not in BareRule.structures:
+            raise ValueError(
+                f"uncovered='diagonal': structure={self.structure!r} takes no derivatives, so that nothing is known of "
+                f"{', '.join(reasons)}; pass uncovered='identity'"
+            )
+        found = {}
+        for raw_name, module in self.view.module.named_modules():
+            for key, p in _own_parameters(module).items():
+                name = clean_name(f"{raw_name}.{key}" if raw_name else key)
+                if name in reasons and self.view.parameters.get(name) is p:
+                    if getattr(module, "sparse", False):
+                        raise ValueError(
+                            f"uncovered='diagonal': {name} has sparse gradients; pass uncovered='identity'"
+                        )
+                    found[name] = Block(name, BareRule(key, reasons[name]), (module,), {key: name})
+        return {name: found[name] for name in reasons}
 
     def check_names(self, blocks: Mapping[str, Block]) -> None:
         """Refuse names in ``sharing`` that no block has."""

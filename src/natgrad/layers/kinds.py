@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from natgrad.layers.attention import InProjectionRule, OutProjectionRule
+from natgrad.layers.attention import rules_of_attention
 from natgrad.layers.convolution import ConvolutionRule, TransposedConvolutionRule
 from natgrad.layers.embedding import EmbeddingRule
 from natgrad.layers.linear import LinearRule
@@ -31,7 +31,7 @@ def register_kinds() -> None:
         register_layer(kind, ChannelsRule())
     for kind in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d):
         register_layer(kind, ChannelsRule())
-    register_layer(nn.MultiheadAttention, {"in_proj": InProjectionRule(), "out_proj": OutProjectionRule()})
+    register_layer(nn.MultiheadAttention, rules_of_attention)
     for kind in (nn.RNNCell, nn.LSTMCell, nn.GRUCell):
         register_layer(kind, {"ih": GatesRule("ih"), "hh": GatesRule("hh")})
     for kind in (nn.RNN, nn.LSTM, nn.GRU):

@@ -17,7 +17,7 @@ from natgrad.curvature.uncovered import couples_examples
 from natgrad.distributed import collectives
 from natgrad.layers.bare import BareRule
 from natgrad.layers.capture import Capture
-from natgrad.layers.coverage import Coverage, cover
+from natgrad.layers.coverage import Coverage, Uncovered, cover
 from natgrad.layers.watch import Watch
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView
@@ -66,8 +66,8 @@ class Preconditioner:
             curvature of ``likelihood.nll``: where that is a sum in place of a mean, λ has to be as many times larger.
         seed: of the preconditioner's own random stream (sampled targets).
         forward: ``forward(model, inputs) → z``, for :meth:`update` on models that are not called as ``model(inputs)``.
-        uncovered: trainable parameters that no factor covers are an ``"error"``, or keep their gradient
-            (``"identity"``).
+        uncovered: trainable parameters that no factor covers are an ``"error"``, keep their gradient
+            (``"identity"``), or have the ``"diagonal"`` of their block, as the bare parameters of a module of your own.
         exclude: names of modules (with all that is inside), layers or bare parameters that keep their gradient.
         form: factored Tikhonov damping (the default of block_diagonal), or the exact one in the eigenbasis of the
             factors, the only one of ekfac (twice the products for every step, decompositions several times as costly).
@@ -101,7 +101,7 @@ class Preconditioner:
         damping: float | Mapping[str, float] = DEFAULT_DAMPING,
         seed: int = 0,
         forward: Forward | None = None,
-        uncovered: str = "error",
+        uncovered: Uncovered = "error",
         exclude: Collection[str] = (),
         form: Tikhonov | None = None,
         periods: Periods = Renewal(),
@@ -112,14 +112,12 @@ class Preconditioner:
         alpha: float = 1.0,
     ) -> None:
         check_structure(structure, ("block_diagonal", "ekfac", "input_covariance"), "Preconditioner")
-        if uncovered not in ("error", "identity"):
-            raise ValueError(f"uncovered={uncovered!r}: Preconditioner knows 'error' and 'identity'")
         check_likelihood(likelihood)
         check_expectation(likelihood, expectation, targets=(), samples=1)
         self.view, self.likelihood = ModelView(model, forward), likelihood
         refuse_shards(self.view.parameters)
         self.periods, self.scaling, self.expectation = periods, scaling, expectation
-        self._coverage = cover(self.view, uncovered, structure, sharing, exclude)
+        self._coverage = cover(self.view, uncovered, structure, sharing, exclude, bare=True)
         if not self._coverage.blocks:
             raise ValueError(f"model: {type(self.view.module).__name__} has no trainable layer to precondition")
         self._damping = damping_by_layer(damping, self._coverage.blocks)
