@@ -203,7 +203,8 @@ def rules_of_attention(layer: nn.MultiheadAttention) -> dict[str, LayerRule]:
     """The rules of the projections that a module has."""
     if layer._qkv_same_embed_dim:
         return {"in_proj": InProjectionRule(), "out_proj": OutProjectionRule()}
-    return {which: SeparateProjectionRule(which) for which in _SEPARATE} | {"out_proj": OutProjectionRule()}
+    separate: dict[str, LayerRule] = {which: SeparateProjectionRule(which) for which in _SEPARATE}
+    return {**separate, "out_proj": OutProjectionRule()}
 
 
 def _attention_with(linear: Callable[..., Tensor]) -> Callable[..., Any]:
