@@ -59,8 +59,15 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def load(folder: Path, warn: Callable[[str], None] = lambda message: None) -> dict[str, Any]:
+def load(
+    folder: Path, warn: Callable[[str], None] = lambda message: None, advice: str = "start again without --resume"
+) -> dict[str, Any]:
     """The newest readable checkpoint of a run's folder: the current one, else, with a warning, the one before it.
+
+    Args:
+        folder: The run's.
+        warn: Called with the warning.
+        advice: What to do where neither can be used.
 
     Raises:
         CheckpointError: neither can be used.
@@ -77,9 +84,9 @@ def load(folder: Path, warn: Callable[[str], None] = lambda message: None) -> di
         except CheckpointError as older:
             if not (folder / PREVIOUS).exists():
                 raise CheckpointError(
-                    f"{error}, and there is no earlier one in {folder}; check the path, or start again without --resume"
+                    f"{error}, and there is no earlier one in {folder}; check the path, or {advice}"
                 ) from error
-            raise CheckpointError(f"{error}; {older}; start again without --resume, into another folder") from error
+            raise CheckpointError(f"{error}; {older}; {advice}, into another folder") from error
         warn(f"{error}; continuing from the one before it, {PREVIOUS}")
         return state
 

@@ -114,7 +114,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     if path.is_dir() and not any((path / name).exists() for name in (checkpoint.NAME, checkpoint.PREVIOUS)):
         raise Refused(f"there is no checkpoint in {path}; name the folder that natgrad train wrote, or a checkpoint.pt")
     with refusing():
-        state = checkpoint.load(path) if path.is_dir() else checkpoint.read(path)
+        state = checkpoint.load(path, advice="train anew") if path.is_dir() else checkpoint.read(path)
         if "plan" not in state or "runner" not in state:
             raise Refused(f"{path} is no checkpoint of natgrad train")
         return state
@@ -122,7 +122,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 def _show(found: "Inspection", label: str, folder: Path, console: Console) -> None:
     from natgrad_lab.figures import inspection as figures
-    from natgrad_lab.inspection import STRUCTURES
+    from natgrad_lab.inspection import KINDS, STRUCTURES
     from natgrad_lab.records import environment, write_json
 
     about = found.about
@@ -140,15 +140,15 @@ def _show(found: "Inspection", label: str, folder: Path, console: Console) -> No
     console.print(table)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("whole network", no_wrap=True)
-    for heading in ("error of the matrix", "of the inverse"):
+    for heading in ("error of\nthe matrix", "of the inverse,\nfactored damping", "of the inverse,\nexact damping"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name in STRUCTURES:
-        errors = found.errors[name]
-        table.add_row(name, f"{errors['matrix']:.3f}", f"{errors['inverse']:.3f}")
+        errors = (found.errors[name].get(what) for what in ("matrix", *KINDS))
+        table.add_row(name, *("–" if error is None else f"{error:.3f}" for error in errors))
     console.print(table)
     console.print(
         f"Errors are relative to the exact Fisher matrix, in the Frobenius norm, the inverses with damping "
-        f"{about['damping']:.3g}, which F̆ and F̂ split between A and G. Whole network: from {about['errors from']}.",
+        f"{about['damping']:.3g}. Whole network: from {about['errors from']}.",
         soft_wrap=True,
     )
     if about["change of the exact inverse"]:

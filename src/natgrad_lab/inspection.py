@@ -25,6 +25,8 @@ from natgrad.linalg import safe_eigh
 
 STRUCTURES = {"F̆": "block_diagonal", "F̂": "block_tridiagonal", "EKFAC": "ekfac"}
 PER_LAYER = ("F̆", "EKFAC")
+# How an inverse is damped, and which structures have that form.
+KINDS = {"factored inverse": ("F̆", "F̂"), "exact inverse": ("F̆", "EKFAC")}
 CG_ITERATIONS, CG_TOLERANCE, CG_VECTORS = 100, 1e-2, 4  # of systems that are too large to be solved densely
 
 
@@ -56,7 +58,8 @@ class Inspection:
     Attributes:
         about: What was looked at, and how.
         layers: In the order of the modules.
-        errors: By structure, the relative Frobenius errors of the "matrix" and of the damped "inverse".
+        errors: By structure, the relative Frobenius errors of the "matrix" and, compared with (F + damping I)^{-1}, of
+            the "factored inverse" and the "exact inverse", where there is such.
         window: The largest run of neighbouring layers whose Fisher matrix is small enough to be drawn: "layers",
             "sizes", and the means of the blocks of the inverse; empty where there is none.
         matrices: F, F̃ and the damped inverse of F̃ of the window.
@@ -102,7 +105,7 @@ def inspect(
         advance: Told what is being done.
     """
     required = {name: p.requires_grad for name, p in model.named_parameters()}
-    generator = torch.Generator(device=x.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # of the host: the same vectors on every device
     try:
         curvatures = {}
         for name, structure in STRUCTURES.items():
@@ -138,7 +141,11 @@ def _errors(
 ) -> tuple[dict[str, dict[str, float]], float]:
     """The errors, and by how much conjugate gradients that ran out of iterations changed late."""
     exact = F @ V
-    inverses = {name: k.inverse(damping) for name, k in curvatures.items()}
+    inverses = {
+        (name, kind): curvatures[name].inverse(damping, kind=kind.partition(" ")[0])
+        for kind, names in KINDS.items()
+        for name in names
+    }
     change = 0.0
     if V.shape[0] == V.shape[1]:
         solved, W = torch.linalg.inv(exact + damping * torch.eye(len(V)).to(V)), V
@@ -150,7 +157,7 @@ def _errors(
                 v,
                 CG_TOLERANCE,
                 limit,
-                preconditioner=inverses["EKFAC"],
+                preconditioner=inverses["EKFAC", "exact inverse"],
                 store=[limit // 2],
             )
             for v in W.unbind(1)
@@ -158,10 +165,9 @@ def _errors(
         solved = torch.stack([solution.x for solution in solutions], dim=1)
         halves = [s.iterates[limit // 2] if s.iterations == limit else s.x for s in solutions]
         change = _relative(solved, torch.stack(halves, dim=1))
-    errors = {
-        name: {"matrix": _relative(exact, k @ V), "inverse": _relative(solved, inverses[name] @ W)}
-        for name, k in curvatures.items()
-    }
+    errors = {name: {"matrix": _relative(exact, k @ V)} for name, k in curvatures.items()}
+    for (name, kind), inverse in inverses.items():
+        errors[name][kind] = _relative(solved, inverse @ W)
     if V.shape[0] != V.shape[1]:
         blocks = [block for _, block in curvatures["EKFAC"].blocks]
         errors["F̆"]["matrix"] = _of_kronecker(errors["EKFAC"]["matrix"], blocks, exact)
@@ -215,7 +221,7 @@ def _window(
     shown = [sizes[name] for name in chosen]
     means = block_means(inverse, shown).tolist()
     window = {"layers": chosen, "sizes": shown, "inverse means": means, "error of F̃": _relative(exact, factored)}
-    return window, {"F": exact, "F̃": factored, "inverse": inverse}
+    return window, {"F": exact.cpu(), "F̃": factored.cpu(), "inverse": inverse.cpu()}
 
 
 def _show(model: nn.Module, layers: list[str] | None) -> None:
