@@ -147,6 +147,11 @@ class ModelView:
         uninitialised = [name for name, p in raw.items() if nn.parameter.is_lazy(p)]
         if uninitialised:
             raise ValueError(f"model: {uninitialised[0]} is not initialised yet; run one batch through the model first")
+        numbers = [name for name, p in raw.items() if p.is_complex()]
+        if numbers:
+            raise ValueError(
+                f"model: {numbers[0]} is complex; expected real parameters (torch.view_as_real makes them)"
+            )
         self._raw_names = {_strip_wrappers(name): name for name in raw}
         self._parameters = {clean: raw[name] for clean, name in self._raw_names.items()}
         self.names: tuple[str, ...] = tuple(self._parameters)

@@ -266,7 +266,8 @@ def check_captured(record: Record, z: Tensor) -> None:
         if any(gradient is not None for gradient in found):
             raise ValueError(
                 f"layer {name!r}: the model uses its parameters without calling it (a functional call, a fused "
-                "kernel), so its inputs cannot be captured; call the layer itself, or freeze it"
+                "kernel, a part that is compiled), so its inputs cannot be captured; call the layer itself, or freeze "
+                "it; where it is compiled, call update(x)"
             )
     for name, extra in record.used_elsewhere(z).items():
         raise ValueError(

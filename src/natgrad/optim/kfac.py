@@ -6,7 +6,6 @@ and γ rule (every T₂). Every decision is a tensor on the device; a number rea
 ``stats``.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ from natgrad.model_view import Forward, ModelView, batch_size
 from natgrad.operators.chain import Chain
 from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim import kfac_state
+from natgrad.optim.arguments import check_number, check_objects, seeded
 from natgrad.optim.attempt import Verdict, try_update
 from natgrad.optim.batches import micro_batches
 from natgrad.optim.evaluation import Evaluation, Evaluator
@@ -98,10 +98,9 @@ class KFAC(torch.optim.Optimizer):
     ) -> None:
         check_structure(structure, ("block_diagonal", "block_tridiagonal", "ekfac"), "KFAC")
         check_likelihood(likelihood)
-        if not 0 <= l2 < math.inf:
-            raise ValueError(f"l2={l2}: expected a non-negative number")
-        if not lr >= 0:
-            raise ValueError(f"lr={lr}: expected a non-negative number; 1 takes the computed step")
+        check_objects(subsets=subsets, periods=periods, guard=guard, rescaling=rescaling)
+        check_number("l2", l2)
+        check_number("lr", lr, "; 1 takes the computed step")
         self.damping = damping_for(structure, damping)
         if self.damping.gamma is not None and self.damping.gamma.every % periods.inverses:
             raise ValueError(
@@ -129,7 +128,7 @@ class KFAC(torch.optim.Optimizer):
             diagonal=self._coverage.uncovered if uncovered == "diagonal" else (),
             inverses=inverses,
         )
-        self._generator = torch.Generator(device=view.device).manual_seed(seed)
+        self._generator = seeded(seed, view.device)
         real = torch.float64 if view.device.type != "mps" else torch.float32
         scalar = torch.zeros((), dtype=real, device=view.device)
         self._update_number = 0

@@ -23,6 +23,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView
 from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim import preconditioner_state
+from natgrad.optim.arguments import check_objects, check_scaling, seeded
 from natgrad.optim.input_inverses import InputInverses
 from natgrad.optim.inverses import Tikhonov
 from natgrad.optim.preconditioner_checks import Unchanged, check_output, refuse_shards, refuse_transforms
@@ -113,6 +114,8 @@ class Preconditioner:
     ) -> None:
         check_structure(structure, ("block_diagonal", "ekfac", "input_covariance"), "Preconditioner")
         check_likelihood(likelihood)
+        check_objects(form=form, periods=periods)
+        check_scaling(scaling)
         check_expectation(likelihood, expectation, targets=(), samples=1)
         self.view, self.likelihood = ModelView(model, forward), likelihood
         refuse_shards(self.view.parameters)
@@ -125,8 +128,7 @@ class Preconditioner:
         self._watch = Watch(self.view.module, self.capture)
         self._unchanged = Unchanged(self.view.module)
         # Every rank draws targets of its own.
-        own_seed = (seed + collectives.rank() * _RANK_STRIDE) % 2**63
-        self._generator = torch.Generator(device=self.view.device).manual_seed(own_seed)
+        self._generator = seeded(seed, self.view.device, offset=collectives.rank() * _RANK_STRIDE)
         self._running = RunningFactors(decay)
         self._inverses = inverses_for(
             structure, form_for(structure, form), self._coverage, alpha, once=periods.inverses == 1

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.layers.rules import Block
+from natgrad.model_view import clean_name
 
 
 def check_output(z: object) -> None:
@@ -57,16 +58,18 @@ class Unchanged:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._known = {name: weakref.ref(p) for name, p in model.named_parameters()}
+        self._known = {clean_name(name): weakref.ref(p) for name, p in model.named_parameters()}
+        self._kinds = {clean_name(name): _kind(p) for name, p in model.named_parameters()}
 
     def check(self, blocks: Mapping[str, Block]) -> None:
         """Refuse a model whose parameters are others by now.
 
         Raises:
-            ValueError: a parameter is new or gone, or one of a covered layer was frozen or unfrozen; it is named.
+            ValueError: a parameter is new or gone, of another precision or on another device, or one of a covered
+                layer was frozen or unfrozen; it is named.
         """
         model = self._model()
-        now = {} if model is None else dict(model.named_parameters())
+        now = {} if model is None else {clean_name(name): p for name, p in model.named_parameters()}
         changed = [n for n, p in now.items() if n not in self._known or self._known[n]() is not p]
         changed += [name for name in self._known if name not in now]
         if changed:
@@ -74,9 +77,21 @@ class Unchanged:
                 f"{changed[0]}: this parameter was added, replaced or removed since the Preconditioner was made, so "
                 "that its layers are no longer those of the model; make a new Preconditioner"
             )
+        for name, p in now.items():
+            if _kind(p) != self._kinds[name]:
+                (dtype, device), (other, elsewhere) = self._kinds[name], _kind(p)
+                raise ValueError(
+                    f"{name}: when the Preconditioner was made its statistics were to be {dtype} on {device}, now they "
+                    f"would be {other} on {elsewhere}; move or convert the model first, then make the Preconditioner"
+                )
         for name, block in blocks.items():
             if block.trained != tuple(block.members):
                 raise ValueError(
                     f"layer {name!r}: requires_grad of its parameters changed since the Preconditioner was made, so "
                     "its factors would no longer fit; make a new Preconditioner after freezing or unfreezing"
                 )
+
+
+def _kind(p: Tensor) -> tuple[torch.dtype, torch.device]:
+    """The dtype of sums over many rows, and where they are."""
+    return torch.promote_types(p.dtype, torch.float32), p.device

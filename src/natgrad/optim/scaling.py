@@ -40,6 +40,8 @@ class KLClip:
     radius: float = 0.01
 
     def __post_init__(self) -> None:
+        if not hasattr(self.radius, "__float__"):
+            raise TypeError(f"KLClip(radius={self.radius!r}): expected a number, such as 0.01")
         if not self.radius > 0:
             raise ValueError(f"KLClip(radius={self.radius}): expected a positive number")
 

@@ -1,7 +1,9 @@
 """K-FAC's settings as objects: damping, guard, periods, subsets. Every constant stands here with its source."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -45,6 +47,10 @@ class Damping:
     start: float = 0.03
 
     def __post_init__(self) -> None:
+        if self.value is not None and not hasattr(self.value, "__float__"):
+            raise TypeError(
+                f"damping={self.value!r}: expected a number, a natgrad.Damping, or None for the first batch's"
+            )
         if self.value is not None and not 0 <= self.value < math.inf:
             raise ValueError(f"damping={self.value}: λ must be a non-negative number, or None for the first batch's")
         for name in ("ratio", "start"):
@@ -165,8 +171,11 @@ class Periods:
     statistics: int = 2
 
     def __post_init__(self) -> None:
-        if self.inverses < 1 or self.statistics < 1:
-            raise ValueError(f"{self}: expected inverses >= 1 and statistics >= 1, numbers of updates")
+        numbers = (self.inverses, self.statistics, *(self.early if isinstance(self.early, Iterable) else (self.early,)))
+        if not isinstance(self.early, Iterable) or not all(isinstance(number, Integral) for number in numbers):
+            raise TypeError(f"{self}: expected whole numbers of updates, early being several, such as (1, 2, 3)")
+        if min(numbers) < 1:
+            raise ValueError(f"{self}: expected inverses >= 1, statistics >= 1 and early >= 1, numbers of updates")
 
     def due(self, update: int) -> bool:
         """Whether the inverses are refreshed at this update (counted from 1)."""

@@ -12,6 +12,7 @@ from natgrad.curvature.cotangents import validate_targets
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView
 from natgrad.operators.sandwich import check_likelihood
+from natgrad.optim.arguments import seeded
 from natgrad.optim.batches import micro_batches
 from natgrad.optim.layer_state import same_shape, warn_of_threads
 from natgrad.optim.select import keep_where
@@ -48,7 +49,7 @@ class WholeModelOptimizer(torch.optim.Optimizer):
             raise ValueError(f"lr={lr}: expected a finite number of at least 0; it multiplies the computed step")
         self.view, self.likelihood = ModelView(model, forward), likelihood
         super().__init__(list(self.view.parameters.items()), {"lr": lr})
-        self._generator = torch.Generator(device=self.view.device).manual_seed(seed)
+        self._generator = seeded(seed, self.view.device)
         self._update_number = 0
         self._counts: dict[str, Tensor] = {"skipped": self._scalar()}
         self._validated = False

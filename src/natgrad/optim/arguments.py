@@ -1,0 +1,81 @@
+"""Checks of arguments that many optimisers have: the argument, what arrived and what was expected are named."""
+
+import math
+import operator
+from typing import Any
+
+import torch
+
+from natgrad.damping import ExactTikhonov, FactoredTikhonov
+from natgrad.optim.settings import Periods, Rescaling, StepGuard, Subsets
+
+# Argument → its class or classes, whether None will do, and an example.
+_KINDS: dict[str, tuple[tuple[type, ...], bool, str]] = {
+    "form": ((ExactTikhonov, FactoredTikhonov), True, "natgrad.ExactTikhonov()"),
+    "guard": ((StepGuard,), True, "natgrad.StepGuard()"),
+    "periods": ((Periods,), False, "natgrad.Periods(inverses=10)"),
+    "rescaling": ((Rescaling,), False, "natgrad.Rescaling()"),
+    "subsets": ((Subsets,), False, "natgrad.Subsets(1 / 8, 1 / 4)"),
+}
+
+
+def check_objects(**given: Any) -> None:
+    """Refuse settings that are no objects of their class.
+
+    Args:
+        given: by the argument's name.
+
+    Raises:
+        TypeError: one is something else.
+    """
+    for name, value in given.items():
+        kinds, optional, example = _KINDS[name]
+        if not isinstance(value, kinds) and not (optional and value is None):
+            none = " or None" if optional else ""
+            raise TypeError(f"{name}={value!r}: expected an object such as {example}{none}")
+
+
+def check_scaling(scaling: Any) -> None:
+    """Refuse what cannot scale a step.
+
+    Raises:
+        TypeError: it lacks ``measure`` or ``scales``.
+    """
+    if scaling is not None and not (hasattr(scaling, "measure") and hasattr(scaling, "scales")):
+        raise TypeError(f"scaling={scaling!r}: expected natgrad.KLClip(), natgrad.Grafting() or None")
+
+
+def check_number(name: str, value: Any, hint: str = "") -> None:
+    """Refuse what is no finite, non-negative number.
+
+    Args:
+        name: of the argument.
+        value: that arrived.
+        hint: more words for the message.
+
+    Raises:
+        TypeError: no number.
+        ValueError: negative or not finite.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}={value!r}: expected a number{hint}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value}: expected a non-negative number{hint}")
+
+
+def seeded(seed: Any, device: torch.device, offset: int = 0) -> torch.Generator:
+    """A random stream of its own.
+
+    Args:
+        seed: of the stream.
+        device: of what is drawn.
+        offset: between the streams of processes that have the same seed.
+
+    Raises:
+        TypeError: the seed is no whole number.
+    """
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed={seed!r}: expected a whole number, such as 0") from None
+    return torch.Generator(device=device).manual_seed((number + offset) % 2**63)
