@@ -18,7 +18,7 @@ class LevenbergMarquardt:
         every: T₁, the number of updates between two uses of the rule.
         decay: the factor per update; ``ω₁ = decay ** every``.
         minimum: λ never falls below this many times the mean eigenvalue of the approximate Fisher; 0 (the paper) for no
-            floor.
+            floor. Optimisers without an approximate Fisher take it as a value of λ.
     """
 
     every: int = 5
@@ -45,6 +45,19 @@ class LevenbergMarquardt:
         floor = torch.as_tensor(self.minimum * scale, dtype=lam.dtype, device=lam.device)
         shrunk = torch.minimum(lam, torch.maximum(lam * omega, floor))
         return torch.where(rho > 0.75, shrunk, torch.where(rho < 0.25, lam / omega, lam))
+
+
+def check_rule(rule: object) -> None:
+    """Refuse what is no rule of λ: neither None nor an object like :class:`LevenbergMarquardt`.
+
+    Raises:
+        TypeError: with what arrived.
+    """
+    if rule is not None and not (callable(rule) and hasattr(rule, "every")):
+        raise TypeError(
+            "rule: expected natgrad.LevenbergMarquardt(...) or an object of its kind (called with λ and ρ, with every), "
+            f"or None to keep λ; got {rule!r}"
+        )
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,9 @@ def test_a_second_batch_that_confirms_nothing_leaves_the_parameters() -> None:
     opt.step(x, y, search_batch=perfect)
     assert torch.equal(vector(model), before) and opt.stats["rejected"] == 1
     assert opt.stats["reason"] == "no_decrease" and not opt.stats["accepted"]
+    opt.step(x, y, search_batch=(x * math.nan, y))
+    assert opt.stats["reason"] == "non_finite" and not opt.stats["accepted"]
+    assert torch.equal(vector(model), before) and opt.stats["rejected"] == 2
 
 
 class _Spoilt(ng.Gaussian):

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.damping_rules import LevenbergMarquardt
+from natgrad.damping_rules import LevenbergMarquardt, check_rule
 from natgrad.likelihoods import Likelihood
 from natgrad.linalg import Solution, cg, geometric_indices
 from natgrad.model_view import Forward
@@ -77,6 +77,7 @@ class HessianFree(CurvatureStepOptimizer):
     ) -> None:
         if damping is not None and not 0 <= damping < math.inf:
             raise ValueError(f"damping={damping}: λ must be a non-negative number, or None for the first batch's")
+        check_rule(rule)
         if not 0 < start < math.inf:
             raise ValueError(f"start={start}: expected a positive number, the part of the first curvature that is λ")
         super().__init__(

@@ -71,7 +71,8 @@ class KrylovDescent(CurvatureStepOptimizer):
 
     Attributes:
         stats: of the last update: loss, dimension (of the subspace), evaluations (of h on the second batch), reduction
-            (of h there), step_norm, accepted, reason; skipped, rejected and updates in all.
+            (of h there), step_norm, accepted, reason ("searched", "no_decrease", "zero_gradient"; "non_finite": loss,
+            gradient or h on the second batch; "non_finite_products"); skipped, rejected and updates in all.
 
     Raises:
         ValueError: a setting out of range.
@@ -167,7 +168,7 @@ class KrylovDescent(CurvatureStepOptimizer):
         if accepted:
             self._add(step)
         return {
-            "reason": "searched" if accepted else "no_decrease",
+            "reason": "searched" if accepted else "no_decrease" if math.isfinite(values[0]) else "non_finite",
             "dimension": basis.rank,
             "evaluations": len(values),
             "reduction": reduction,

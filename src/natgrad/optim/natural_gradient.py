@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from natgrad.damping_rules import LevenbergMarquardt
+from natgrad.damping_rules import LevenbergMarquardt, check_rule
 from natgrad.likelihoods import Likelihood
 from natgrad.linalg import Solution
 from natgrad.model_view import Forward, batch_size, select_rows
@@ -46,7 +46,7 @@ class NaturalGradient(WholeModelOptimizer):
         lr: multiplies the solution; any ``lr_scheduler`` works, such as
             :class:`natgrad.training.HyperbolicDecay`.
         damping: λ at the first update, without η.
-        rule: moves λ, or None to keep it.
+        rule: moves λ every so many updates, and after a step that was undone at once; None keeps it.
         ratio: see above.
         guard: undo a step that raises the loss of its own batch (and let the rule raise λ).
         l2: η.
@@ -85,6 +85,7 @@ class NaturalGradient(WholeModelOptimizer):
         for name, value in (("damping", damping), ("l2", l2)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value}: expected a finite number of at least 0")
+        check_rule(rule)
         if ratio not in get_args(Ratio):
             raise ValueError(f"ratio={ratio!r}: expected one of {', '.join(map(repr, get_args(Ratio)))}")
         if parametrization not in ("logits", "probabilities"):
@@ -194,7 +195,8 @@ class NaturalGradient(WholeModelOptimizer):
         if self.rule is None:
             return accepted, rho, self._lam
         # An undone step raises λ whatever was foretold; one that the model itself forbids (lr > 2) says nothing of λ.
-        telling = torch.where(predicted < 0, rho, 0.5)
+        due = (self._update_number + 1) % self.rule.every == 0
+        telling = torch.where(predicted < 0, rho, 0.5) if due else torch.full_like(rho, 0.5)
         return accepted, rho, self.rule(self._lam, torch.where(accepted, telling, -1.0))
 
     def _learning_rate(self) -> float:
