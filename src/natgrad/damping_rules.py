@@ -55,7 +55,7 @@ def check_rule(rule: object) -> None:
     """
     if rule is not None and not (callable(rule) and hasattr(rule, "every")):
         raise TypeError(
-            "rule: expected natgrad.LevenbergMarquardt(...) or an object of its kind (called with λ and ρ, with every), "
+            "rule: expected natgrad.LevenbergMarquardt(...) or an object like it (called with λ and ρ, with every), "
             f"or None to keep λ; got {rule!r}"
         )
 
