@@ -102,6 +102,11 @@ class Statistics:
     count: Float[Tensor, ""] | float = 0.0
     additive: bool = True
 
+    def has(self, layer: str) -> bool:
+        """Whether the output depends on a layer, as far as that is known without waiting for a device."""
+        rows = self.layers[layer].rows
+        return isinstance(rows, Tensor) or rows > 0
+
     def __add__(self, other: "Statistics") -> "Statistics":
         """Those of both sets of examples."""
         layers = dict(self.layers)

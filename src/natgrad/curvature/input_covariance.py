@@ -34,6 +34,7 @@ def collect_inputs(
     with view.curvature_pass(), view.snapshot():
         with torch.enable_grad(), capture.record() as record:
             z = view(x)
+        record = record.take(z)
         check_captured(record, z)
         return input_statistics(record, z.shape[0], share)
 

@@ -74,6 +74,8 @@ def collect(
     with view.curvature_pass(), view.snapshot():
         with torch.enable_grad(), capture.record() as record:
             z = view(x)
+        record.refuse_hidden(z)
+        record = record.take(z)
         check_captured(record, z)
         validate_targets(likelihood, z.detach(), y)
         with torch.autocast(z.device.type, enabled=False):
@@ -209,6 +211,8 @@ def statistics_from(
                     if gradient is not None:
                         squares_of = to_dense(sums[name].A)  # a vector
                         squares_of.add_(gradient.to(squares_of.dtype).flatten().square())
+                        sums[name].rows = float(rows)
+                        to_dense(sums[name].G).fill_(rows)
     for name, vector in known.items():
         sums[name].G = vector.to(record.blocks[name].dtype)
         if squares is not None and diagonal is not None:

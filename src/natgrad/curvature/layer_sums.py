@@ -41,9 +41,8 @@ def input_sums(
     a_shape, g_shape = block.factor_shapes
     like = next(iter(block.parameters.values())).detach()
     if isinstance(block.rule, DiagonalRule):
-        return LayerSums(
-            like.new_zeros(a_shape, dtype=block.dtype), like.new_full((1,), rows, dtype=block.dtype), float(rows)
-        )
+        used = float(rows) if uses else 0.0  # of a bare parameter nothing is known yet
+        return LayerSums(like.new_zeros(a_shape, dtype=block.dtype), like.new_full((1,), used, dtype=block.dtype), used)
     assert isinstance(block.rule, KroneckerRule)  # for the type checker
     if keep_rows and (kept := _kept(block, uses)) is not None:
         G: Tensor | Gram = Gram(kept.rows.new_zeros(0, *g_shape[-1:])) if outputs else kept.rows.new_zeros(g_shape[-1:])

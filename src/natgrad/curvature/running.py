@@ -14,7 +14,8 @@ from natgrad.curvature.pairs import is_pair
 class RunningFactors:
     """The decayed average of every layer's factors; k counts the estimates that went in.
 
-    An estimate that holds NaN or infinite values changes nothing.
+    An estimate that holds NaN or infinite values changes nothing. One that lacks a layer leaves its average; the first
+    one of a layer is its average.
 
     Args:
         decay: the cap on ε.
@@ -51,26 +52,28 @@ class RunningFactors:
         usable = usable & torch.isfinite(torch.stack(sizes).sum())
         if self.updates is None:
             self.updates = torch.zeros((), dtype=torch.float64, device=usable.device)
-            zero = {name: Factors(_zeros(factors.A), _zeros(factors.G)) for name, factors in estimate.items()}
-            self.factors = zero
+            self.factors = {name: _nothing(factors) for name, factors in estimate.items()}
         self.updates = self.updates + usable
         if usable.device.type == "cpu" and not usable:  # reading it costs nothing there, a select over matrices does
             return usable
         weight = self.weight
         averages: list[Tensor] = []
         estimates: list[Tensor] = []
+        weights: list[Tensor] = []
         for name, new in estimate.items():
-            self.factors[name] = old = _alike(self.factors[name], new)
+            own = weight if name in self.factors else torch.ones_like(weight)
+            self.factors[name] = old = _alike(self.factors.get(name) or _nothing(new), new)
             for average, factor in ((entries(old.A), new.A), (entries(old.G), new.G)):
                 if isinstance(factor, Gram):
-                    factor.average_into(average, weight, usable)
+                    factor.average_into(average, own, usable)
                 else:
+                    weights.append(own.to(average.dtype))
                     averages.append(average)
                     estimates.append(entries(factor) if average.ndim == entries(factor).ndim else to_dense(factor))
         if usable.device.type != "cpu":
             estimates = [torch.where(usable, x, average) for x, average in zip(estimates, averages, strict=True)]
         if averages:
-            torch._foreach_lerp_(averages, estimates, [weight.to(average.dtype) for average in averages])
+            torch._foreach_lerp_(averages, estimates, weights)
         return usable
 
 
@@ -93,6 +96,10 @@ def _trace(values: Tensor) -> Tensor:
 def _size(factor: Tensor | Diagonal | Gram) -> Float[Tensor, ""]:
     """A number that is not finite where an entry is not."""
     return factor.trace() if isinstance(factor, Gram) else entries(factor).sum().double()
+
+
+def _nothing(like: Factors) -> Factors:
+    return Factors(_zeros(like.A), _zeros(like.G))
 
 
 def _zeros(factor: Tensor | Diagonal | Gram) -> Tensor | Diagonal:

@@ -10,12 +10,13 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from natgrad.layers.calls import Call, or_zeros, unchanged
 from natgrad.layers.graph import edge_of, graph_of, uses_reentrant_checkpoint
 from natgrad.layers.hooks import LayerHook, around_call, foreign_hooks
 from natgrad.layers.order import chain_of
@@ -23,17 +24,6 @@ from natgrad.layers.registry import blocks_of
 from natgrad.layers.rules import Block, Use
 
 __all__ = ["Capture", "Record", "foreign_hooks"]
-
-
-class _Call(NamedTuple):
-    input: Tensor  # detached; shares its version counter with the tensor that the layer received
-    version: int | None
-    edge: GradientEdge | None  # None where the output does not require a gradient
-    output: tuple[torch.Size, torch.dtype, torch.device]
-    layer: Any = None
-    training: bool = True
-    slot: slice | None = None
-    arrange: Callable[[Tensor], Tensor] | None = None
 
 
 class Record:
@@ -46,8 +36,9 @@ class Record:
 
     def __init__(self, layers: Mapping[str, nn.Module | Block], positions: tuple[int, int] = (1, 0)) -> None:
         self.blocks, self.positions = blocks_of(layers), positions
-        self._calls: dict[str, list[_Call]] = {name: [] for name in layers}
+        self._calls: dict[str, list[Call]] = {name: [] for name in layers}
         self._untracked: set[str] = set()
+        self._taken: dict[Any, str] = {}
 
     @property
     def layers(self) -> dict[str, Any]:
@@ -66,7 +57,7 @@ class Record:
             name: [
                 Use(
                     call.layer,
-                    _unchanged(name, call),
+                    unchanged(name, call),
                     call.output[0],
                     call.training,
                     call.slot,
@@ -87,7 +78,7 @@ class Record:
         Raises:
             RuntimeError: an input was changed in place after the layer had used it.
         """
-        return {name: [_unchanged(name, call) for call in calls] for name, calls in self._calls.items() if calls}
+        return {name: [unchanged(name, call) for call in calls] for name, calls in self._calls.items() if calls}
 
     @property
     def calls(self) -> dict[str, int]:
@@ -167,7 +158,7 @@ class Record:
         for name, calls in self._calls.items():
             if calls:
                 gradients[name] = [
-                    _or_zeros(next(remaining) if call.edge is not None else None, call, batch) for call in calls
+                    or_zeros(next(remaining) if call.edge is not None else None, call, batch) for call in calls
                 ]
         return gradients, list(remaining)
 
@@ -199,11 +190,22 @@ class Record:
         return {name: key for (name, key), uses in counts.items() if uses > len(self._calls[name])}
 
     def take(self, z: Tensor) -> "Record":
-        """The calls that z depends on, as a record of their own; they leave this one."""
+        """The calls that z depends on, as a record of their own; they leave this one.
+
+        Raises:
+            ValueError: another output took some of them already, so that they would be missing here.
+        """
         taken, graph = Record(self.blocks, self.positions), graph_of(z.grad_fn)
+        again = [name for node, name in self._taken.items() if node in graph]
+        if again:
+            raise ValueError(
+                f"z: layer {again[0]!r} was observed already, with another output of the same forward pass; observe "
+                "one of them, or all at once as one tensor (torch.stack([z1, z2], dim=1)) with a likelihood for it"
+            )
         for name, calls in self._calls.items():
             taken._calls[name] = [call for call in calls if call.edge is not None and call.edge.node in graph]
             self._calls[name] = [call for call in calls if call.edge is None or call.edge.node not in graph]
+            self._taken |= {call.edge.node: name for call in taken._calls[name] if call.edge is not None}
         taken._untracked |= self._untracked
         return taken
 
@@ -232,7 +234,7 @@ class Record:
         version = None if a.is_inference() else a._version
         kept = output.shape, output.dtype, output.device
         training = True if layer is None else layer.training
-        self._calls[name].append(_Call(a.detach(), version, edge, kept, layer, training, slot, arrange))
+        self._calls[name].append(Call(a.detach(), version, edge, kept, layer, training, slot, arrange))
 
     def _clear(self) -> None:
         for calls in self._calls.values():
@@ -326,19 +328,3 @@ class Capture:
 def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
-
-
-def _unchanged(name: str, call: _Call) -> Tensor:
-    if call.version is not None and call.input._version != call.version:
-        raise RuntimeError(
-            f"the input of layer {name!r} was changed in place after the layer had used it, so its statistics would "
-            "be wrong; change a copy instead (x = x + 1 in place of x += 1, inplace=False)"
-        )
-    return call.input
-
-
-def _or_zeros(g: Tensor | None, call: _Call, batch: Sequence[int]) -> Tensor:
-    shape, dtype, device = call.output
-    if g is not None:
-        return g.reshape(*batch, *shape)  # that of what the output is a view of, see edge_of
-    return torch.zeros((*batch, *shape), dtype=dtype, device=device)

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from natgrad.curvature.base import factors_from
 from natgrad.curvature.cotangents import Expectation, check_expectation, validate_targets
 from natgrad.curvature.input_covariance import collect_inputs, input_statistics
 from natgrad.curvature.kfac import check_captured, collect, share_of_statistics
@@ -29,7 +28,7 @@ from natgrad.optim.inverses import Tikhonov
 from natgrad.optim.preconditioner_checks import Unchanged, check_output, refuse_shards, refuse_transforms
 from natgrad.optim.preconditioner_gradients import Proposal, gradient_of, outside_autocast, replace_gradients
 from natgrad.optim.preconditioner_settings import DEFAULT_DAMPING, damping_by_layer, layers_by_damping, uniform
-from natgrad.optim.preconditioner_statistics import Pending, noted, report
+from natgrad.optim.preconditioner_statistics import Pending, estimated, noted, report
 from natgrad.optim.scaling import KLClip, Scaling, Unscaled
 from natgrad.optim.settings import Periods, Renewal
 from natgrad.optim.stats import Stats
@@ -258,10 +257,10 @@ class Preconditioner:
     def step(self, usable: Bool[Tensor, ""] | None = None) -> None:
         """Replace the gradients of the covered layers by preconditioned ones, in place.
 
-        Parameters without a gradient are passed over, gradients of other parameters left alone. A layer has no inverse
-        as long as no estimate was finite: then its gradient stays what it is (``stats["bare"]``). Where a gradient is
-        not finite, all stay what they are (``stats["nonfinite"]``). In a process group the statistics of all ranks add
-        up, so that every rank has the same inverses.
+        Parameters without a gradient are passed over, gradients of other parameters left alone. As long as no estimate
+        was finite, or no output that was observed depended on a layer, its gradient stays what it is
+        (``stats["bare"]``). Where a gradient is not finite, all stay what they are (``stats["nonfinite"]``). The
+        statistics of all ranks of a process group add up, so that every rank has the same inverses.
 
         Args:
             usable: False, on the device, leaves out what was observed since the last step and counts it as skipped.
@@ -279,12 +278,15 @@ class Preconditioner:
             raise RuntimeError("no covered parameter has a gradient: call loss.backward() ahead of step()")
         statistics = self._pending.take(self.view.device, self._steps + 1) if self.due else None
         taken = torch.ones((), dtype=torch.bool, device=self._skipped.device) if usable is None else usable
+        fresh: set[str] = set()
         if statistics is not None:
-            taken = self._inverses.observe(factors_from(statistics), self._running, taken)
+            estimate = estimated(statistics)
+            fresh = estimate.keys() - self._running.factors.keys()
+            taken = self._inverses.observe(estimate, self._running, taken)
         self._skipped = self._skipped + ~taken
         self._steps += 1
         if self._running.factors:
-            self._renew()
+            self._renew(fresh)
         self.precondition()
         self._watch.clear()
         self._watch.active = self.due
@@ -295,15 +297,15 @@ class Preconditioner:
         self._pending.clear()
         self._watch.clear()
 
-    def _renew(self) -> None:
-        """Inverses from the averages, when they are due."""
-        first = not self._inverses
+    def _renew(self, fresh: Collection[str]) -> None:
+        """Inverses from the averages, when they are due; those of layers that were not seen before, at once."""
+        first, known = not self._inverses, self._running.factors
         # The comparison waits for the device, but only until there are inverses.
         if first and (self._running.updates is None or not self._running.updates > 0):
             return
-        if first or self.periods.due(self._steps):
-            for damping, names in layers_by_damping(self._damping).items():
-                self._inverses.refresh({name: self._running.factors[name] for name in names}, damping)
+        wanted = known if first or self.periods.due(self._steps) else fresh
+        for damping, names in layers_by_damping(self._damping).items():
+            self._inverses.refresh({name: known[name] for name in names if name in wanted and name in known}, damping)
 
     @outside_autocast
     def precondition(self) -> None:
@@ -343,7 +345,6 @@ class Preconditioner:
         """Continue from a :meth:`state_dict`, bit for bit on the same machine with the same number of threads.
 
         Raises:
-            ValueError: the state is of another model or other settings; what does not fit is named, and nothing was
-                changed.
+            ValueError: it is of another model or other settings; what does not fit is named, nothing was changed.
         """
         preconditioner_state.load(self, state_dict)

@@ -57,7 +57,7 @@ def load(pre: "Preconditioner", state: Mapping[str, Any]) -> None:
     for name, saved in state["layers"].items():
         pre._damping[name] = float(saved["damping"])
         layer = {key: value.detach().to(device) for key, value in saved.items() if key != "damping"}
-        if known:
+        if known and bool(torch.any(layer["A"] != 0)):  # otherwise no output that was observed depends on it
             pre._running.factors[name] = load_factors(layer)
         pre._inverses.load(name, layer)
     pre._pending.clear()

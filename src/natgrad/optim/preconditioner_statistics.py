@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import Statistics
+from natgrad.curvature.base import Factors, Statistics, factors_from
 from natgrad.curvature.loss_statistics import LossStatistics
 from natgrad.distributed import collectives
 from natgrad.layers.coverage import Coverage
@@ -82,6 +82,23 @@ class Pending:
         for batch in batches:
             self.add(batch.statistics())
             self._open.remove(batch)
+
+
+def estimated(statistics: Statistics) -> dict[str, Factors]:
+    """The factors of the layers that an observed output depends on.
+
+    Of others nothing is known: zero would mean that the curvature is.
+
+    Raises:
+        RuntimeError: there are none.
+    """
+    found = {name: factors for name, factors in factors_from(statistics).items() if statistics.has(name)}
+    if not found:
+        raise RuntimeError(
+            "the output that was observed depends on no covered layer (detached in the model, under torch.no_grad(), "
+            "or inside torch.utils.checkpoint with use_reentrant=True)"
+        )
+    return found
 
 
 def over_ranks(own: Statistics | None, device: torch.device) -> Statistics | None:
