@@ -103,7 +103,7 @@ def measure(
     found = {}
     for name, (make, x, y) in tasks.items():
         turns = {row: (lambda r=renewal: steps(make, x, y, r, count)) for row, renewal in rows.items()}  # noqa: B023
-        found[name] = {row: min(values) for row, values in in_turns(turns, 2).items()}
+        found[name] = {row: min(values) for row, values in in_turns(turns, 4).items()}
     layers = {f"{n} x {c} x {s}², {o} out": convolution(n, c, o, s) for n, c, o, s in shapes}
     return {"layers": layers, "steps": found}
 

@@ -22,7 +22,7 @@ from natgrad.operators.damped import DampedSum
 from natgrad_lab.models import ENCODERS, autoencoder
 
 ITERATIONS = 20
-REPEATS = 3  # the first warms up
+REPEATS = 6  # the first warms up
 STEP_TARGET = 1.1
 PRECONDITIONERS = {
     "none": None,
