@@ -183,6 +183,30 @@ def test_checkpointing_counts_a_convolution_once_and_refuses_the_reentrant_kind(
         ng.kronecker_fisher(Checkpointed(True), ng.Categorical(), x.requires_grad_())
 
 
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_hooks_that_change_what_a_layer_returns_are_part_of_the_model(made: str) -> None:
+    net, x = conv_net()
+    found = []
+    for scale in (3.0, None):  # the same by a hook, and by the activation
+        model = Net(net.layer, nn.Tanh() if scale else Scaled(), 36)
+        pre = ng.Preconditioner(model, ng.Categorical(), expectation="exact") if made == "before" else None
+        handle = model.layer.register_forward_hook(lambda module, args, out: 3 * out) if scale else None
+        pre = pre or ng.Preconditioner(model, ng.Categorical(), expectation="exact")
+        z = model(x)
+        pre.observe(z)
+        z.sum().backward()
+        pre.step()
+        found.append(pre._running.factors["layer"])
+        handle.remove() if handle else None
+    torch.testing.assert_close(found[0].A, found[1].A)
+    torch.testing.assert_close(found[0].G, found[1].G)
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(3 * x)
+
+
 def test_channels_last_and_half_precision() -> None:
     net, x = conv_net()
     expected = ng.kronecker_fisher(net, ng.Categorical(), x)

@@ -262,7 +262,9 @@ class Capture:
         inside: dict[int, tuple[nn.Module, dict[str, str], Any]] = {}
         for name, block in self.blocks.items():
             for layer in block.modules if block.rule.captured else ():
-                handles.append(layer.register_forward_hook(LayerHook(self, name, layer), with_kwargs=True))
+                # In front of hooks that change what the layer returns: G is that of what it computed.
+                hook = LayerHook(self, name, layer)
+                handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
             if block.rule.interceptor is not None:
                 names = inside.setdefault(id(block.layer), (block.layer, {}, block.rule.interceptor))[1]
                 names[name.rpartition(".")[2]] = name
