@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from comparison import Clock, Run, arguments, compare, due
+from comparison import Clock, Run, arguments, compare, due, positive
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -193,9 +193,9 @@ def main(words: list[str] | None = None) -> dict[str, Run]:
     """Train with every method and learning rate, draw, and return the best run of each method."""
     parser = arguments(__doc__, "char-transformer.png", steps=400, batch=32)
     parser.add_argument("--data", choices=("tinyshakespeare", "sonnets"), help="by default the first, where it is")
-    parser.add_argument("--width", type=int, default=48, help="of the embedding")
-    parser.add_argument("--layers", type=int, default=2, help="blocks")
-    parser.add_argument("--context", type=int, default=32, help="characters in a window")
+    parser.add_argument("--width", type=positive, default=48, help="of the embedding")
+    parser.add_argument("--layers", type=positive, default=2, help="blocks")
+    parser.add_argument("--context", type=positive, default=32, help="characters in a window")
     options = parser.parse_args(words)
     text = load(options.data)
     print(f"{text.name}: {len(text.train)} characters for training, {len(text.validation)} for validation")

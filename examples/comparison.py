@@ -90,13 +90,14 @@ def report(best: dict[str, Run]) -> None:
     *others, ours = best.values()
     for run in others:
         target = min(run.losses)
-        print(f"{run.method} (lr {run.lr:g}): loss {target:.4f} after {_spent(run, target)}; ", end="")
-        print(f"{ours.method} (lr {ours.lr:g}) was there after {_spent(ours, target)}")
+        loss = f"loss {target:.4f}: "
+        print(f"{loss}{run.method} (lr {run.lr:g}) {_spent(run, target)}")
+        print(f"{'':{len(loss)}}{ours.method} (lr {ours.lr:g}) {_spent(ours, target)}")
 
 
 def _spent(run: Run, loss: float) -> str:
     found = run.reached(loss)
-    return "no run of this length" if found is None else f"{found[0]} steps, {found[1]:.1f} s"
+    return f"not in {run.steps[-1]} steps" if found is None else f"after {found[0]} steps, {found[1]:.1f} s"
 
 
 def picture(path: Path, best: dict[str, Run], ylabel: str) -> None:
@@ -124,15 +125,22 @@ def picture(path: Path, best: dict[str, Run], ylabel: str) -> None:
     print(path)
 
 
+def positive(word: str) -> int:
+    """A positive whole number, from the command line."""
+    if not word.isdecimal() or int(word) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {word!r}")
+    return int(word)
+
+
 def arguments(description: str, out: str, steps: int, batch: int) -> argparse.ArgumentParser:
     """Options that all examples have."""
     parser = argparse.ArgumentParser(
         description=description.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=steps, help="of every run")
-    parser.add_argument("--batch", type=int, default=batch, help="examples in a step")
-    parser.add_argument("--rates", type=int, default=4, help="learning rates for each method, at most so many")
-    parser.add_argument("--evaluations", type=int, default=12, help="of the validation loss, in a run")
+    parser.add_argument("--steps", type=positive, default=steps, help="of every run")
+    parser.add_argument("--batch", type=positive, default=batch, help="examples in a step")
+    parser.add_argument("--rates", type=positive, default=4, help="learning rates for each method, at most so many")
+    parser.add_argument("--evaluations", type=positive, default=12, help="of the validation loss, in a run")
     parser.add_argument("--seed", type=int, default=0, help="of the model and of the order of the examples")
     parser.add_argument("--out", type=Path, default=Path(out), help="the picture")
     return parser

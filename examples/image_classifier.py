@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import Clock, Run, arguments, compare, due
+from comparison import Clock, Run, arguments, compare, due, positive
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -180,8 +180,8 @@ def main(words: list[str] | None = None) -> dict[str, Run]:
     """Train with every method and learning rate, draw, and return the best run of each method."""
     parser = arguments(__doc__, "image-classifier.png", steps=200, batch=128)
     parser.add_argument("--data", choices=("cifar10", "digits"), help="by default CIFAR-10 where it is found")
-    parser.add_argument("--width", type=int, default=8, help="channels of the first stage; ResNet-20 has 16")
-    parser.add_argument("--blocks", type=int, default=3, help="in each of the three stages; ResNet-20 has 3")
+    parser.add_argument("--width", type=positive, default=8, help="channels of the first stage; ResNet-20 has 16")
+    parser.add_argument("--blocks", type=positive, default=3, help="in each of the three stages; ResNet-20 has 3")
     options = parser.parse_args(words)
     data = load(options.data)
     print(f"{data.name}: {len(data.x_train)} images for training, {len(data.x_test)} for validation")

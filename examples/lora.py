@@ -8,7 +8,7 @@ alone: frozen layers have no factors and cost nothing.
 """
 
 import torch
-from comparison import Clock, Run, arguments, compare, due
+from comparison import Clock, Run, arguments, compare, due, positive
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -110,8 +110,8 @@ def train(method: str, lr: float, *, width: int, rank: int, steps: int, batch: i
 def main(words: list[str] | None = None) -> dict[str, Run]:
     """Train with every method and learning rate, draw, and return the best run of each method."""
     parser = arguments(__doc__, "lora.png", steps=200, batch=128)
-    parser.add_argument("--width", type=int, default=128, help="of the hidden layers")
-    parser.add_argument("--rank", type=int, default=4, help="of the adapters")
+    parser.add_argument("--width", type=positive, default=128, help="of the hidden layers")
+    parser.add_argument("--rank", type=positive, default=4, help="of the adapters")
     options = parser.parse_args(words)
     same = {key: getattr(options, key) for key in ("width", "rank", "steps", "batch", "evaluations", "seed")}
     model = adapted(pretrained(options.width, 1, 0), options.rank, 0)

@@ -18,6 +18,12 @@ def load(name: str) -> ModuleType:
     return module
 
 
+def fits_a_terminal(printed: str, picture: Path) -> None:
+    """Of 80 columns; the path of the picture is as long as it is."""
+    lines = printed.splitlines()
+    assert lines[-1] == str(picture) and max(map(len, lines[:-1])) <= 80
+
+
 def test_physics_informed_network_and_its_picture(tmp_path: Path) -> None:
     example = load("physics_informed")
     x = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)[:, None]
@@ -35,7 +41,9 @@ def test_physics_informed_network_and_its_picture(tmp_path: Path) -> None:
     assert out.stat().st_size > 5000
 
 
-def test_image_classifier_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_classifier_on_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
     example = load("image_classifier")
     with torch.device("meta"):
@@ -51,6 +59,7 @@ def test_image_classifier_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for ours in ("preconditioned SGD", "EigenAdam"):
         assert best[ours].losses[-1] < 0.8 * min(best["SGD"].losses[-1], best["AdamW"].losses[-1])
     assert out.stat().st_size > 5000
+    fits_a_terminal(capsys.readouterr().out, out)
 
 
 def test_image_classifier_falls_back_to_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +69,9 @@ def test_image_classifier_falls_back_to_digits(tmp_path: Path, monkeypatch: pyte
     assert load("char_transformer").load().name == "sonnets"
 
 
-def test_char_transformer_on_two_sonnets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_char_transformer_on_two_sonnets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
     example = load("char_transformer")
     text = example.load("sonnets")
@@ -78,9 +89,12 @@ def test_char_transformer_on_two_sonnets(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(best) == ["AdamW", "preconditioned AdamW", "EigenAdam"]
     assert all(run.losses[-1] < 0.85 * uniform for run in best.values())
     assert out.stat().st_size > 5000
+    fits_a_terminal(capsys.readouterr().out, out)
 
 
-def test_lora_trains_the_adapters_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_trains_the_adapters_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
     example = load("lora")
     base = example.pretrained(16, 100, seed=0)
@@ -93,3 +107,15 @@ def test_lora_trains_the_adapters_alone(tmp_path: Path, monkeypatch: pytest.Monk
     best = example.main(["--steps", "120", "--rates", "1", "--evaluations", "3", "--out", str(out)])
     assert best["preconditioned SGD"].losses[-1] < 0.8 * best["AdamW"].losses[-1]
     assert out.stat().st_size > 5000
+    fits_a_terminal(capsys.readouterr().out, out)
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--rates", "-1"], ["--width", "0"], ["--batch", "1.5"]])
+def test_numbers_that_make_no_run_are_refused(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    with pytest.raises(SystemExit, match="2"):
+        load("image_classifier").main(words)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(f"argument {words[0]}: expected a positive whole number, got {words[1]!r}")
