@@ -1,5 +1,6 @@
 """Arguments of the wrong kind are refused when an optimiser is made, by name; so are models changed behind its back."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -8,6 +9,9 @@ from oracles.preconditioning import batch, exact, gradient, mlp, targets, train_
 from torch import nn
 
 import natgrad as ng
+from natgrad.layers.coverage import cover
+from natgrad.model_view import ModelView
+from natgrad.optim.arguments import warn_of_size
 
 LIKELIHOOD = ng.Categorical()
 WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -90,3 +94,14 @@ def test_a_part_that_is_compiled(made: str, how: str) -> None:
                 exact(model, LIKELIHOOD).observe(model(x))
     torch._dynamo.reset()
     torch.testing.assert_close(*found)
+
+
+def test_a_factor_too_wide_to_be_inverted_is_told() -> None:
+    with torch.device("meta"):
+        wide = nn.Sequential(nn.Embedding(20_000, 8), nn.Linear(8, 20_000))
+    with pytest.warns(UserWarning, match=r"layer '1' has a factor of 20000 x 20000 numbers, 1\.6 GB.*exclude=\['1'\]"):
+        warn_of_size(cover(ModelView(wide)).blocks, "block_diagonal")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_size(cover(ModelView(wide), exclude=["1"]).blocks, "block_diagonal")  # an embedding's A is a diagonal
+        warn_of_size(cover(ModelView(wide)).blocks, "input_covariance")

@@ -2,13 +2,18 @@
 
 import math
 import operator
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
+from natgrad.layers.rules import Block
 from natgrad.optim.settings import Periods, Rescaling, StepGuard, Subsets
 
+# Rows of a factor whose decomposition takes minutes.
+_WIDEST = 2**14
 # Argument → its class or classes, whether None will do, and an example.
 _KINDS: dict[str, tuple[tuple[type, ...], bool, str]] = {
     "form": ((ExactTikhonov, FactoredTikhonov), True, "natgrad.ExactTikhonov()"),
@@ -28,21 +33,14 @@ def check_objects(**given: Any) -> None:
     Raises:
         TypeError: one is something else.
     """
+    scaling = given.pop("scaling", None)
+    if scaling is not None and not (hasattr(scaling, "measure") and hasattr(scaling, "scales")):
+        raise TypeError(f"scaling={scaling!r}: expected natgrad.KLClip(), natgrad.Grafting() or None")
     for name, value in given.items():
         kinds, optional, example = _KINDS[name]
         if not isinstance(value, kinds) and not (optional and value is None):
             none = " or None" if optional else ""
             raise TypeError(f"{name}={value!r}: expected an object such as {example}{none}")
-
-
-def check_scaling(scaling: Any) -> None:
-    """Refuse what cannot scale a step.
-
-    Raises:
-        TypeError: it lacks ``measure`` or ``scales``.
-    """
-    if scaling is not None and not (hasattr(scaling, "measure") and hasattr(scaling, "scales")):
-        raise TypeError(f"scaling={scaling!r}: expected natgrad.KLClip(), natgrad.Grafting() or None")
 
 
 def check_number(name: str, value: Any, hint: str = "") -> None:
@@ -61,6 +59,26 @@ def check_number(name: str, value: Any, hint: str = "") -> None:
         raise TypeError(f"{name}={value!r}: expected a number{hint}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name}={value}: expected a non-negative number{hint}")
+
+
+def warn_of_size(blocks: Mapping[str, Block], structure: str) -> None:
+    """Say that a factor is too wide to be decomposed in any time that training has.
+
+    Args:
+        blocks: of the layers.
+        structure: of the curvature.
+    """
+    for name, block in blocks.items():
+        of_a, of_g = block.factor_shapes
+        widths = [shape[-1] for shape in (of_a, () if structure == "input_covariance" else of_g) if len(shape) > 1]
+        if max(widths, default=0) > _WIDEST:
+            width = max(widths)
+            gigabytes = width**2 * block.dtype.itemsize / 1e9
+            warnings.warn(
+                f"layer {name!r} has a factor of {width} x {width} numbers, {gigabytes:.1f} GB, which takes minutes or "
+                f"more to invert; exclude=[{name!r}] leaves its gradient as it is",
+                stacklevel=3,
+            )
 
 
 def seeded(seed: Any, device: torch.device, offset: int = 0) -> torch.Generator:

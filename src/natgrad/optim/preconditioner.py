@@ -22,7 +22,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView
 from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim import preconditioner_state
-from natgrad.optim.arguments import check_objects, check_scaling, seeded
+from natgrad.optim.arguments import check_objects, seeded, warn_of_size
 from natgrad.optim.input_inverses import InputInverses
 from natgrad.optim.inverses import Tikhonov
 from natgrad.optim.preconditioner_checks import Unchanged, check_output, refuse_shards, refuse_transforms
@@ -113,8 +113,7 @@ class Preconditioner:
     ) -> None:
         check_structure(structure, ("block_diagonal", "ekfac", "input_covariance"), "Preconditioner")
         check_likelihood(likelihood)
-        check_objects(form=form, periods=periods)
-        check_scaling(scaling)
+        check_objects(form=form, periods=periods, scaling=scaling)
         check_expectation(likelihood, expectation, targets=(), samples=1)
         self.view, self.likelihood = ModelView(model, forward), likelihood
         refuse_shards(self.view.parameters)
@@ -122,6 +121,7 @@ class Preconditioner:
         self._coverage = cover(self.view, uncovered, structure, sharing, exclude, bare=True)
         if not self._coverage.blocks:
             raise ValueError(f"model: {type(self.view.module).__name__} has no trainable layer to precondition")
+        warn_of_size(self._coverage.blocks, structure)
         self._damping = damping_by_layer(damping, self._coverage.blocks)
         self.capture = Capture(model, self._coverage.blocks)
         self._watch = Watch(self.view.module, self.capture)
