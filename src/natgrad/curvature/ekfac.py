@@ -83,15 +83,20 @@ class GradientSquares:
             if isinstance(rule, EmbeddingRule):
                 self._add_embedding(name, rule, calls, alone)
                 continue
-            at_once = self._rows if alone or kept is not None else self._examples_at_once(name)
+            at_once = self._rows if kept is not None else self._examples_at_once(name)
+            gradient = torch.zeros_like(self.sums[name]) if alone else None
             for start in range(0, self._rows, at_once):
                 some = slice(start, min(start + at_once, self._rows))
                 found = [rule.stacked_gradient_rows(_of_examples(use, some), g[some]) for use, g in calls]
                 g = _without_stack(torch.cat(found, dim=2).to(basis.a.dtype), basis)
                 g = g if basis.QG is None else g @ _for_examples(basis.QG)
                 a = self._inputs(name, some) if kept is None else kept
-                a, g = (x.flatten(-3, -2).unsqueeze(-3) if alone else x for x in (a, g))
-                add_gradient_squares(self.sums[name], a, g)
+                if gradient is None:
+                    add_gradient_squares(self.sums[name], a, g)
+                else:
+                    gradient += g.flatten(-3, -2).mT @ a.flatten(-3, -2)
+            if gradient is not None:
+                self.sums[name] += gradient.square_()
 
     def add_diagonal(self, name: str, diagonal: Float[Tensor, "rows ... out"]) -> None:
         """Add what all of F_R gives for the linear layer whose output is z, where F_R is diagonal.
