@@ -9,6 +9,7 @@ from natgrad.curvature import kronecker_fisher
 from natgrad.layers.coverage import cover
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian
 from natgrad.model_view import ModelView
+from natgrad.operators.autodiff import Fisher
 
 
 def draw(*shape, seed=0):
@@ -129,24 +130,50 @@ def test_frozen_layers_below_and_above():
     torch.testing.assert_close(k.to_dense(), everything[16:31, 16:31])
 
 
-def test_tied_parameters_are_uncovered():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
-            self.two.weight = self.one.weight
+class Tied(nn.Module):
+    """Two layers with one weight and biases of their own; or with weights of their own."""
 
-        def forward(self, x):
-            return self.two(torch.tanh(self.one(x)))
+    def __init__(self, kind, tied=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = kind == "convolution"
+        make = (lambda: nn.Conv1d(4, 4, 3, padding=1, groups=2)) if self.conv else (lambda: nn.Linear(4, 4))
+        self.one, self.two, self.head = make(), make(), nn.Linear(4, 3)
+        self.two.weight = self.one.weight if tied else nn.Parameter(self.one.weight.detach().clone())
+        self.double()
 
-    model, x = Tied().double(), draw(4, 3)
-    with pytest.raises(ValueError, match=r"one\.weight \(Linear, shared with another module\)"):
-        kronecker_fisher(model, Gaussian(), x)
-    k = kronecker_fisher(model, Gaussian(), x, uncovered="diagonal", expectation="exact")
+    def forward(self, x):
+        h = torch.tanh(self.two(torch.tanh(self.one(x[..., None].expand(-1, -1, 5) if self.conv else x))))
+        return self.head(h.mean(2) if self.conv else h)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_a_weight_that_two_layers_share_is_one_block(kind):
+    """Σ a aᵀ over both, the mean of g gᵀ; the biases, which they do not share, have their diagonals."""
+    model, x = Tied(kind), draw(5, 4)
+    k = kronecker_fisher(model, Categorical(), x)
+    found, apart = k.factors, kronecker_fisher(Tied(kind, tied=False), Categorical(), x).factors
+    assert list(found) == ["one", "one.bias", "two.bias", "head"]
+    A = [apart[name].A[..., :-1, :-1] for name in ("one", "two")]  # without the homogeneous coordinate
+    torch.testing.assert_close(found["one"].A, A[0] + A[1])
+    torch.testing.assert_close(found["one"].G, (apart["one"].G + apart["two"].G) / 2)
+    torch.testing.assert_close(found["head"].to_dense(), apart["head"].to_dense())
+    exact = Fisher(model, Categorical(), x).to_dense().diagonal()
+    size = model.one.weight.numel()
+    biases = torch.cat([found[f"{name}.bias"].to_dense().diagonal() for name in ("one", "two")])
+    torch.testing.assert_close(biases, exact[size : size + 8])
+
+
+def test_other_structures_have_no_block_for_a_weight_that_two_layers_share():
+    model, x = Tied("linear"), draw(4, 4)
+    for structure in ("full", "exact_block", "block_tridiagonal", "input_covariance"):
+        with pytest.raises(ValueError, match=r"one\.weight \(Linear, shared with another module\)"):
+            kronecker_fisher(model, Gaussian(), x, structure=structure)
+    k = kronecker_fisher(model, Gaussian(), x, structure="exact_block", uncovered="diagonal")
     J = torch.autograd.functional.jacobian(
         lambda w: torch.func.functional_call(model, {"one.weight": w}, (x,)), model.one.weight.detach()
     )
-    torch.testing.assert_close(k.to_dense().diagonal()[:9], J.square().sum((0, 1)).reshape(-1) / 4)
+    torch.testing.assert_close(k.to_dense().diagonal()[:16], J.square().sum((0, 1)).reshape(-1) / 4)
 
 
 def test_one_module_under_two_names_is_a_module_called_twice():

@@ -169,6 +169,38 @@ def test_bare_parameters_are_estimated_without_bias_from_sampled_targets() -> No
     torch.testing.assert_close(k.factors["gain"].to_dense().diagonal(), expected, rtol=0.1, atol=0.0)
 
 
+class Unlayered(nn.Module):
+    """Parameters of its own and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4, 3))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.first) @ self.last
+
+
+@pytest.mark.parametrize("how", ["observe", "update", "micro-batches"])
+@pytest.mark.parametrize("expectation", ["exact", "empirical"])
+def test_a_model_of_bare_parameters_alone(expectation: str, how: str) -> None:
+    model, x, y = Unlayered(), draw(8, 3), torch.arange(8) % 3
+    pre = ng.Preconditioner(model, ng.Categorical(), expectation=expectation, damping=0.1, scaling=None)
+    for xs, ys in zip(x.split(3), y.split(3), strict=True) if how == "micro-batches" else [(x, y)]:
+        pre.update(xs, ys) if how == "update" else None
+        z = model(xs)
+        pre.observe(z, ys) if how != "update" else None
+        ng.Categorical("none").nll(z, ys).div(8).backward()
+    plain = torch.cat([p.grad.flatten() for p in model.parameters()])
+    pre.step()
+    twin = ng.Fisher(model, ng.Categorical(), x) if expectation == "exact" else None
+    twin = twin or ng.EmpiricalFisher(model, ng.Categorical(), x, y)
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(found, plain / (twin.to_dense().diagonal() + 0.1))
+    ng.KFAC(model, ng.Categorical()).step(x, y)
+
+
 class Attending(nn.Module):
     def __init__(self, cross: str = "self", **options: Any) -> None:
         super().__init__()

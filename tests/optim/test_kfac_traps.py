@@ -202,8 +202,8 @@ class Tied(nn.Module):
 def test_tied_parameters() -> None:
     model = Tied().double()
     with pytest.raises(ValueError, match=r"a\.weight.*shared"):
-        ng.KFAC(model, LIKELIHOOD)
-    opt = ng.KFAC(model, LIKELIHOOD, damping=0.3, uncovered="identity")
+        ng.KFAC(model, LIKELIHOOD, structure="block_tridiagonal")
+    opt = ng.KFAC(model, LIKELIHOOD, damping=0.3)
     x, y = data()
     losses = [opt.step(x, y).item() for _ in range(5)]
     assert losses[-1] < 0.8 * losses[0] and model.b.weight is model.a.weight

@@ -45,32 +45,36 @@ class Tied(nn.Module):
         return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
 
 
-def test_tied_parameters_are_named_or_left_alone() -> None:
+@pytest.mark.parametrize("how", ["observe", "update"])
+def test_a_tied_weight_is_one_block_and_its_biases_are_diagonal(how: str) -> None:
     likelihood = ng.Gaussian()
     torch.manual_seed(0)
     model, x, y = Tied().double(), batch(), targets(likelihood)
-    with pytest.raises(ValueError, match=r"a\.weight.*shared"):
+    F = fisher(model, likelihood, x).to_dense()
+    g = plain(model, likelihood, x, y)
+    pre = exact(model, likelihood)
+    pre.update(x) if how == "update" else None
+    model.zero_grad()
+    z = model(x)
+    pre.observe(z) if how == "observe" else None
+    likelihood.nll(z, y).backward()
+    pre.step()
+    torch.testing.assert_close(gradient(model), damped_solve(F, 0.1, g), rtol=1e-9, atol=1e-12)
+    assert pre.stats["bare"] == 0 and not pre.coverage().uncovered
+
+
+def test_a_weight_tied_in_another_way_is_named_or_left_alone() -> None:
+    likelihood = ng.Categorical()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Tanh(), nn.Linear(4, 5)).double()
+    model[2].weight = model[0].weight
+    ids, y = torch.arange(12) % 5, torch.arange(12) % 3
+    with pytest.raises(ValueError, match=r"covers 0\.weight \(Embedding, shared with another module\); freeze"):
         ng.Preconditioner(model, likelihood)
     pre = exact(model, likelihood, uncovered="identity")
-    assert "c" in pre.coverage().layers and "a.weight" in str(pre.coverage())
-    g = plain(model, likelihood, x, y)
-    found = train_once(model, pre, likelihood, x, y)
-    size = sum(p.numel() for p in model.c.parameters())
-    torch.testing.assert_close(found[:-size], g[:-size])
-    A = torch.cat([_inputs_of(model.c, model, x), torch.ones(12, 1, dtype=torch.float64)], 1)
-    block = torch.kron(torch.eye(3, dtype=g.dtype), A.T @ A / 12)  # [W b] row by row; G = I
-    V = torch.cat([g[-size:-3].view(3, 4), g[-3:, None]], 1).reshape(-1)
-    U = damped_solve(block, 0.1, V).view(3, 5)
-    torch.testing.assert_close(found[-size:], torch.cat([U[:, :4].reshape(-1), U[:, 4]]), rtol=1e-9, atol=1e-12)
-    assert not ng.Preconditioner(model, likelihood, uncovered="diagonal").coverage().uncovered
-
-
-def _inputs_of(layer: nn.Module, model: nn.Module, x: Tensor) -> Tensor:
-    seen: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))
-    model(x)
-    handle.remove()
-    return seen[0]
+    assert list(pre.coverage().layers) == ["2.bias"] and pre.coverage().uncovered == ("0.weight",)
+    g = plain(model, likelihood, ids, y)
+    torch.testing.assert_close(train_once(model, pre, likelihood, ids, y)[:20], g[:20])
 
 
 def test_layers_that_are_unused_or_used_twice() -> None:

@@ -10,12 +10,14 @@ from torch import nn
 from natgrad.layers.bare import BareRule
 from natgrad.layers.kinds import refused
 from natgrad.layers.registry import known_kind, rules_for
-from natgrad.layers.rules import Block, LayerRule, check_sharing
+from natgrad.layers.rules import Block, KroneckerRule, LayerRule, check_sharing, of_weight_alone
 from natgrad.model_view import ModelView, clean_name
 
 Uncovered = Literal["error", "identity", "diagonal"]
 
 EXCLUDED = "excluded"
+# Structures in which a parameter may be a block by itself.
+_WITH_BARE = BareRule.structures
 _NOT_IN_STRUCTURE = "which structure"
 
 
@@ -76,9 +78,10 @@ def cover(
 
     A layer's block holds those of its parameters that are trained: with a frozen bias A has no homogeneous coordinate,
     with a frozen weight it is that coordinate alone. Layers of one kind that share all of their parameters are one
-    block. A parameter that a module of your own holds itself has a diagonal block. Not covered is a layer that shares
-    a parameter with another one in any other way, one whose weight is computed (parametrizations), one with a
-    ``forward`` of its own, and one whose rule does not know the structure.
+    block; those that share the weight alone are one of the weight, and their biases are diagonal. A parameter that a
+    module of your own holds itself has a diagonal block. Not covered is a layer that shares a parameter with another
+    one in any other way, one whose weight is computed (parametrizations), one with a ``forward`` of its own, and one
+    whose rule does not know the structure.
 
     Args:
         view: the model.
@@ -162,6 +165,7 @@ class _Finder:
             rest = _own_parameters(module)
             rules = rules_for(module) if id(module) not in self.inside_attention else None
             for suffix, rule in (rules or {}).items():
+                rule = self._apart(module, rule)
                 found = rule.parameters(module)
                 yield ".".join(part for part in (name, suffix) if part), module, rule, found
                 rest = {key: p for key, p in rest.items() if all(p is not other for other in found.values())}
@@ -188,7 +192,7 @@ class _Finder:
         same = all(found == sharers for found in held)
         if len(sharers) > 1 or not same:
             others = [self._module(i) for i in set().union(*map(set, held))]
-            alike = same and all(type(m) is type(module) and self._parameters_alike(m, module) for m in others)
+            alike = same and all(self._alike(m, module, rule.attributes) for m in others)
             if isinstance(rule, BareRule) or not alike or not rule.captured or self.structure == "layerwise":
                 return f"{kind}, shared with another module"
         if "weight" in rule.attributes and module._parameters.get("weight") is None and not isinstance(rule, BareRule):
@@ -259,9 +263,21 @@ class _Finder:
     def _around(self, module: nn.Module) -> list[nn.Module | None]:
         return [m for m in self.view.module.modules() if isinstance(m, nn.MultiheadAttention) and m.out_proj is module]
 
-    def _parameters_alike(self, one: nn.Module, two: nn.Module) -> bool:
+    def _alike(self, one: nn.Module, two: nn.Module, attributes: Collection[str] = ()) -> bool:
+        """Whether two modules are of one kind with the same parameters, or with the same ones of some names."""
         a, b = _own_parameters(one), _own_parameters(two)
-        return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+        keys = [key for key in attributes if key in a or key in b] or a.keys() | b.keys()
+        return type(one) is type(two) and all(a.get(key) is b.get(key) for key in keys)
+
+    def _apart(self, module: nn.Module, rule: LayerRule) -> LayerRule:
+        """The rule, without the bias where modules share the weight and not the bias."""
+        weight = module._parameters.get("weight")
+        if self.structure not in _WITH_BARE or weight is None or not isinstance(rule, KroneckerRule):
+            return rule
+        if rule.attributes != ("weight", "bias") or not rule.captured:
+            return rule
+        others = [self._module(i) for i in self._holders(module, weight)]
+        return rule if all(self._alike(m, module) for m in others) else of_weight_alone(rule)
 
 
 def _excluded(exclude: Collection[str], blocks: Mapping[str, Block], reasons: Mapping[str, str]) -> list[str]:

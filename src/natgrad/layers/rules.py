@@ -8,6 +8,7 @@ Two families: a :class:`KroneckerRule` for layers that are linear in their param
 an example, and a :class:`DiagonalRule` for those whose block is a diagonal matrix.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -296,6 +297,18 @@ class DiagonalRule(LayerRule):
     def describe(self, block: Block) -> str:
         """Diagonal, and of what."""
         return f"diagonal ({type(block.layer).__name__})"
+
+
+def of_weight_alone(rule: KroneckerRule) -> KroneckerRule:
+    """The same rule for the weight without the bias: of layers that share the one and not the other.
+
+    Args:
+        rule: with the attributes weight and bias.
+    """
+    kind = type(rule)
+    other = copy.copy(rule)
+    other.__class__ = type(kind.__name__, (kind,), {"attributes": ("weight",), "__doc__": kind.__doc__})
+    return other
 
 
 def check_sharing(sharing: Any) -> None:

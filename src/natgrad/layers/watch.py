@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from natgrad.layers.bare import BareRule
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.graph import graph_of
 
@@ -82,7 +83,8 @@ class Watch:
             taken.extend(found)
         taken.refuse_hidden(z)
         self._passes = [record for record in self._passes if any(record.calls.values())]
-        if not any(taken.calls.values()):
+        # Of parameters without a layer nothing is recorded: their gradients are all that is asked for.
+        if not any(taken.calls.values()) and any(not isinstance(b.rule, BareRule) for b in taken.blocks.values()):
             raise RuntimeError(
                 "z does not come from a forward pass that was recorded since the last step. Call observe(z) once, with "
                 "the output of model(x) and before the optimiser's step; for a compiled model, or one whose layers are "
