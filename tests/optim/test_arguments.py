@@ -105,3 +105,11 @@ def test_a_factor_too_wide_to_be_inverted_is_told() -> None:
         warnings.simplefilter("error")
         warn_of_size(cover(ModelView(wide), exclude=["1"]).blocks, "block_diagonal")  # an embedding's A is a diagonal
         warn_of_size(cover(ModelView(wide)).blocks, "input_covariance")
+
+
+def test_an_optimiser_is_preconditioned_once() -> None:
+    model = mlp(4, 3)
+    pre = exact(model, LIKELIHOOD)
+    once = ng.Preconditioned(torch.optim.SGD(model.parameters(), 0.1), pre)
+    with pytest.raises(TypeError, match="inner_optimizer: got a Preconditioned"):
+        ng.Preconditioned(once, pre)

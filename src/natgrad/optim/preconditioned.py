@@ -30,13 +30,15 @@ class Preconditioned(torch.optim.Optimizer):
         pre: of the same model.
 
     Raises:
-        TypeError: ``inner`` is no optimiser or ``pre`` no `Preconditioner`.
+        TypeError: ``inner`` is no optimiser, or a `Preconditioned` one, or ``pre`` no `Preconditioner`.
         ValueError: a covered parameter is not among the inner optimiser's parameters; it is named.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, pre: Preconditioner) -> None:
         if not isinstance(inner, torch.optim.Optimizer):
             raise TypeError(f"inner_optimizer: expected a torch.optim.Optimizer, got {type(inner).__name__}")
+        if isinstance(inner, Preconditioned):
+            raise TypeError("inner_optimizer: got a Preconditioned, whose gradients would be preconditioned twice")
         if not isinstance(pre, Preconditioner):
             raise TypeError(f"pre: expected a natgrad.Preconditioner, got {type(pre).__name__}")
         known = {id(p) for group in inner.param_groups for p in group["params"]}
