@@ -45,7 +45,7 @@ class NaturalGradient(WholeModelOptimizer):
         solver: ``"minres_qlp"``, ``"cg"`` or a :class:`KrylovSolver` with its tolerance and number of iterations.
         lr: multiplies the solution; any ``lr_scheduler`` works, such as
             :class:`natgrad.training.HyperbolicDecay`.
-        damping: λ at the first update, without η.
+        damping: λ at the first update, without η; 0 stays 0, whatever the rule.
         rule: moves λ every so many updates, and after a step that was undone at once; None keeps it.
         ratio: see above.
         guard: undo a step that raises the loss of its own batch (and let the rule raise λ).
