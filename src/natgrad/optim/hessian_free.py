@@ -38,7 +38,7 @@ class HessianFree(CurvatureStepOptimizer):
         likelihood: p(y|z); its ``nll`` is the loss.
         lr: multiplies the step.
         curvature: G: "gauss_newton" (``Jᵀ (∂²nll/∂z²) J``) or "metric" (the Fisher matrix, exact in y).
-        damping: λ at the first update, where 0 stays 0; None for ``start`` times the curvature along the first gradient.
+        damping: λ at the first update (0 stays 0); None for ``start`` times the curvature along the first gradient.
         start: see ``damping``.
         rule: of λ, or None to keep it.
         l2: η.
