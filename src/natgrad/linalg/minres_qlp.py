@@ -42,7 +42,7 @@ def minres_qlp(
         b: a tensor (of any shape: one vector) or a dict of tensors.
         tol: stop when ``‖r‖ ≤ tol ‖b‖``, or when ``‖A r‖ ≤ tol ‖A‖ ‖r‖``: the system is incompatible and x a
             least-squares solution (with a preconditioner M: in the norms of the preconditioned system).
-        max_iters: the most products with A (a start x0 costs one more).
+        max_iters: the most products with A (a start x0 costs one more, and a system without a solution two).
         preconditioner: ``r → M^{-1} r`` with M symmetric positive definite, or anything with ``@``. For a singular A
             the length is then ``√(xᵀM x)``, and the least squares are those of ``√(rᵀM^{-1} r)``.
         x0: where to start; the correction x − x0 is of minimum length.
@@ -64,6 +64,10 @@ def minres_qlp(
     while reason is None and run.k < max_iters:
         reason = run.iterate()
     return run.solution(reason or "max_iters")
+
+
+# What is smaller than so many times the resolution, relative to ‖A‖, is rounding.
+_NOISE = 100.0
 
 
 class _Run:
@@ -118,6 +122,9 @@ class _Run:
             if self.residual_norm > (1 + max(self.tol, self.eps**0.5)) * before.phi:
                 # The last column is not negligible after all: the iterate before it is the better answer.
                 self.scalars, self.residual_norm = before, before.phi
+                if before.residual_without_last <= (1 + max(self.tol, self.eps**0.5)) * before.phi:  # but its own is
+                    before.u, self.residual_norm = (before.u[0], before.u[1], 0.0), before.residual_without_last
+                    self.dropped = True
                 return reason
         self.k += 1
         self.vectors.take(s, ended)
@@ -140,9 +147,8 @@ class _Run:
         system = self.system
         if reason == "zero_rhs":  # whatever the start
             x, r, residual_norm = torch.zeros_like(system.b), torch.zeros_like(system.b), system.b.new_zeros(())
-        elif self.dropped:  # the recurrence of the residual does not know of that
-            x = self.x()
-            r = system.b - system.product(x)
+        elif self.dropped or reason == "least_squares":  # the recurrence of the residual does not know of that
+            x, r = self._shortened(self.x())
             residual_norm = torch.linalg.vector_norm(r)
         else:
             x, r, residual_norm = self.x(), self.vectors.residual(), system.b.new_tensor(self.residual_norm)
@@ -159,6 +165,24 @@ class _Run:
             matrix_norm=self.scalars.norm,
             condition=self.scalars.condition,
         )
+
+    def _shortened(self, x: Float[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """A least-squares solution without its part in the null space, and its residual: ``x − (rᵀx / rᵀr) r``.
+
+        ``A b``, ``A² b``, … lie in the range of A, so that what of x lies in the null space is a multiple of b's part
+        there; and to that the residual tends (Liu, Milzarek & Roosta 2023, arXiv:2309.17096). Where ``A r`` shows that
+        the residual is something else, such as rounding, x stays.
+        """
+        system = self.system
+        r = system.b - system.product(x)
+        z = system.precondition(r)
+        start = 0.0 if system.x0 is None else system.x0
+        Az = system.product(z)
+        size, image = torch.dot(r, z).sqrt(), torch.dot(Az, system.precondition(Az)).sqrt()
+        if not image <= 10 * max(self.tol, self.eps**0.5) * self.scalars.norm * size:
+            return x, r
+        share = torch.dot(r, x - start) / size.square()
+        return x - share * z, r + share * Az
 
     def x(self) -> Float[Tensor, " n"]:
         """The present iterate; it is only formed when somebody wants it."""
@@ -177,7 +201,7 @@ class _Run:
         s = self.scalars
         if residual_norm <= self.tol * self.rhs_norm:
             return None
-        if s.optimality <= max(self.tol, self.eps) * s.norm or s.last_is_noise(self.eps):
+        if s.optimality <= max(self.tol, _NOISE * self.eps) * s.norm or s.last_is_noise(self.eps):
             return "least_squares"
         if ended and abs(s.gamma) <= 10 * self.eps * s.norm:
             return "least_squares"
@@ -272,9 +296,10 @@ class _Scalars:
         That is, as close to a least-squares solution as rounding lets it come: ``‖A r‖ / ‖A‖ ‖r‖`` is at √eps, or grows
         again from about there.
         """
-        useless = self.residual_without_last <= (1 + eps**0.5) * self.phi
+        gain = self.residual_without_last / self.phi - 1 if self.phi else math.inf
         turned = self.best_optimality <= eps**0.375 * self.norm and self.optimality > self.best_optimality
-        return useless and (turned or self.optimality <= eps**0.5 * self.norm)
+        # where γ and β are both rounding, so is their ratio, and with it a little of what φ seems to have lost
+        return (gain <= eps**0.5 and turned) or (gain <= eps**0.25 and self.optimality <= eps**0.5 * self.norm)
 
     def _solve(self) -> None:
         """The last three components of u_k from ``L_k u_k = t_k``."""
