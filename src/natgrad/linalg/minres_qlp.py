@@ -171,7 +171,7 @@ class _Run:
 
         ``A b``, ``A² b``, … lie in the range of A, so that what of x lies in the null space is a multiple of b's part
         there; and to that the residual tends (Liu, Milzarek & Roosta 2023, arXiv:2309.17096). Where ``A r`` shows that
-        the residual is something else, such as rounding, x stays.
+        the residual is something else, such as rounding, or where it would grow, x stays.
         """
         system = self.system
         r = system.b - system.product(x)
@@ -182,7 +182,9 @@ class _Run:
         if not image <= 10 * max(self.tol, self.eps**0.5) * self.scalars.norm * size:
             return x, r
         share = torch.dot(r, x - start) / size.square()
-        return x - share * z, r + share * Az
+        longer = r + share * Az
+        grows = torch.linalg.vector_norm(longer) > 1.1 * torch.linalg.vector_norm(r)
+        return (x, r) if grows else (x - share * z, longer)
 
     def x(self) -> Float[Tensor, " n"]:
         """The present iterate; it is only formed when somebody wants it."""
