@@ -246,7 +246,7 @@ FEW = {**SMALL, "updates": {name: 40 if name == "baseline" else 12 for name in M
     "kfac-fig10",
     title="CURVES: error by time, by iteration (10, 11)",
     source="[KFAC, figs. 10, 11]",
-    full=Size(8 * MINUTE, CURVES),
+    full=Size(26 * MINUTE, CURVES),
     quick=Size(5, {**FEW, "task": "digits"}),
 )
 def figure_10(run: Run) -> None:
@@ -263,7 +263,7 @@ def figure_10(run: Run) -> None:
     "kfac-fig10-mnist",
     title="MNIST: error by time, by iteration (10, 11)",
     source="[KFAC, figs. 10, 11]",
-    full=Size(15 * MINUTE, MNIST),
+    full=Size(17 * MINUTE, MNIST),
     quick=Size(5, {**FEW, "task": "digits"}),
 )
 def figure_10_mnist(run: Run) -> None:
@@ -275,7 +275,7 @@ def figure_10_mnist(run: Run) -> None:
     "kfac-fig10-faces",
     title="FACES: error by time, by iteration (10, 11)",
     source="[KFAC, figs. 10, 11]",
-    full=Size(15 * MINUTE, FACES),
+    full=Size(10 * MINUTE, FACES),
     quick=Size(5, {**FEW, "task": "digits"}),
 )
 def figure_10_faces(run: Run) -> None:
