@@ -279,6 +279,11 @@ def test_it_trains_a_convolutional_network() -> None:
     [
         ({"lr": -1.0}, "lr=-1.0"),
         ({"betas": (0.9, 1.0)}, "betas"),
+        ({"betas": 0.9}, "betas"),
+        ({"rank": 2.5}, "rank=2.5"),
+        ({"periods": 3}, "periods=3"),
+        ({"subsets": 1}, "subsets=1"),
+        ({"clip": 0.1}, "clip=0.1"),
         ({"eps": 0.0}, "eps=0.0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"warmup": -1}, "warmup=-1"),
@@ -286,7 +291,7 @@ def test_it_trains_a_convolutional_network() -> None:
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         ng.EigenAdam(mlp(3, 2), ng.Gaussian(), **settings)
 
 

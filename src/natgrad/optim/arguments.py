@@ -10,12 +10,14 @@ import torch
 
 from natgrad.damping import ExactTikhonov, FactoredTikhonov
 from natgrad.layers.rules import Block
+from natgrad.optim.scaling import KLClip
 from natgrad.optim.settings import Periods, Rescaling, StepGuard, Subsets
 
 # Rows of a factor whose decomposition takes minutes.
 _WIDEST = 2**14
 # Argument → its class or classes, whether None will do, and an example.
 _KINDS: dict[str, tuple[tuple[type, ...], bool, str]] = {
+    "clip": ((KLClip,), True, "natgrad.KLClip(0.25)"),
     "form": ((ExactTikhonov, FactoredTikhonov), True, "natgrad.ExactTikhonov()"),
     "guard": ((StepGuard,), True, "natgrad.StepGuard()"),
     "periods": ((Periods,), False, "natgrad.Periods(inverses=10)"),

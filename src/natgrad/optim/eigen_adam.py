@@ -19,6 +19,7 @@ from natgrad.linalg.low_rank import LowRank
 from natgrad.model_view import Forward
 from natgrad.operators.chain import Chain
 from natgrad.optim.adam_step import AdamStep
+from natgrad.optim.arguments import check_objects
 from natgrad.optim.evaluation import Evaluator
 from natgrad.optim.inverses import LayerInverses
 from natgrad.optim.layer_state import leaders, load_factors, same_keys, same_shape, save_layer
@@ -85,6 +86,7 @@ class EigenAdam(WholeModelOptimizer):
             changed nothing), ``failed_bases`` (decompositions that failed; the layer keeps its last good basis).
 
     Raises:
+        TypeError: a setting of the wrong kind.
         ValueError: a setting out of range.
     """
 
@@ -112,7 +114,8 @@ class EigenAdam(WholeModelOptimizer):
         rotation_dtype: torch.dtype | None = None,
         sharing: str | Mapping[str, str] = "expand",
     ) -> None:
-        if not all(0 <= beta < 1 for beta in betas) or len(betas) != 2:
+        check_objects(subsets=subsets, periods=periods, clip=clip)
+        if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas}: expected two numbers in [0, 1), such as (0.9, 0.98)")
         if not 0 < eps < math.inf or not 0 <= weight_decay < math.inf:
             raise ValueError(f"eps={eps}, weight_decay={weight_decay}: expected a positive and a non-negative number")
@@ -120,7 +123,7 @@ class EigenAdam(WholeModelOptimizer):
             raise ValueError(f"warmup={warmup}: expected a number of updates, 0 for none")
         if anneal is not None and not 0 < anneal < math.inf:
             raise ValueError(f"anneal={anneal}: expected a number of updates, such as 20, or None for a constant lr")
-        if rank is not None and rank < 1:
+        if rank is not None and (not isinstance(rank, int) or rank < 1):
             raise ValueError(f"rank={rank}: expected a number of eigenvectors, such as 64, or None for all")
         if width is not None and not 0 < width < math.inf:
             raise ValueError(f"width={width}: expected a number of inputs, such as 400, or None")
