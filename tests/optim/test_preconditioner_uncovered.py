@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.preconditioning import EVERY_STEP
+from oracles.preconditioning import EVERY_STEP, train
 from torch import Tensor, nn
 
 import natgrad as ng
@@ -71,33 +71,21 @@ def test_it_is_estimated_from_sampled_targets_and_listed() -> None:
 def test_a_tied_model_trains_and_resumes() -> None:
     ids, y = batch()
 
-    def made() -> tuple[nn.Module, ng.Preconditioner, ng.Preconditioned]:
+    def made() -> tuple[nn.Module, ng.Preconditioned]:
         model = Language()
         pre = ng.Preconditioner(model, TOKENS, uncovered="diagonal", exclude=["slope"])
-        return model, pre, ng.Preconditioned(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), pre)
+        return model, ng.Preconditioned(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), pre)
 
-    def steps(model: nn.Module, pre: ng.Preconditioner, optimizer: ng.Preconditioned, many: int) -> list[float]:
-        losses = []
-        for _ in range(many):
-            optimizer.zero_grad()
-            z = model(ids)
-            pre.observe(z)
-            loss = TOKENS.nll(z, y)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
-    one = made()
-    assert "slope.weight" in one[1].coverage().uncovered  # left out on purpose
-    first = steps(*one, 15)
-    state, weights = copy.deepcopy((one[2].state_dict(), one[0].state_dict()))
-    rest = steps(*one, 15)
+    one, optimizer = made()
+    assert "slope.weight" in optimizer.pre.coverage().uncovered  # left out on purpose
+    first = train(one, optimizer, TOKENS, ids, y, 15)
+    state, weights = copy.deepcopy((optimizer.state_dict(), one.state_dict()))
+    rest = train(one, optimizer, TOKENS, ids, y, 15)
     assert rest[-1] < 0.5 * first[0]
-    two = made()
-    two[0].load_state_dict(weights)
-    two[2].load_state_dict(state)
-    assert steps(*two, 15) == rest
+    two, resumed = made()
+    two.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    assert train(two, resumed, TOKENS, ids, y, 15) == rest
 
 
 def test_what_has_no_diagonal_is_refused() -> None:

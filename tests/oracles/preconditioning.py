@@ -62,5 +62,19 @@ def train_once(model: nn.Module, pre: ng.Preconditioner, likelihood: Any, x: Any
     return gradient(model)
 
 
+def train(model: nn.Module, optimizer: ng.Preconditioned, likelihood: Any, x: Any, y: Any, steps: int) -> list[float]:
+    """A user's loop on one batch; the losses."""
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        z = model(x)
+        optimizer.pre.observe(z)
+        loss = likelihood.nll(z, y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def damped_solve(F: Tensor, damping: float, g: Tensor) -> Tensor:
     return torch.linalg.solve(F + damping * torch.eye(len(F), dtype=F.dtype), g)

@@ -7,6 +7,7 @@ from torch import nn
 
 import natgrad as ng
 from oracles.layers import draw
+from oracles.preconditioning import train
 
 
 def learns_a_sum(make: Callable[[], nn.Module], below: float) -> None:
@@ -24,13 +25,6 @@ def learns_a_sum(make: Callable[[], nn.Module], below: float) -> None:
     assert losses[-1] < below * losses[0]
     model = make()
     pre = ng.Preconditioner(model, likelihood, periods=ng.Renewal(5, (1, 2), 1))
-    inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for _ in range(80):
-        inner.zero_grad()
-        z = model(x)
-        pre.observe(z)
-        loss = likelihood.nll(z, y)
-        loss.backward()
-        pre.step()
-        inner.step()
-    assert loss < 0.5 * losses[0] and pre.stats["bare"] == 0
+    optimizer = ng.Preconditioned(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), pre)
+    last = train(model, optimizer, likelihood, x, y, 80)[-1]
+    assert last < 0.5 * losses[0] and pre.stats["bare"] == 0
