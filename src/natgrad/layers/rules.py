@@ -302,6 +302,8 @@ class DiagonalRule(LayerRule):
 def of_weight_alone(rule: KroneckerRule) -> KroneckerRule:
     """The same rule for the weight without the bias: of layers that share the one and not the other.
 
+    It has a class of its own: what is done by hand for a ``LinearRule`` and no other takes the layer's bias along.
+
     Args:
         rule: with the attributes weight and bias.
     """
