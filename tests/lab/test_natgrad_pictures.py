@@ -9,6 +9,7 @@ import pytest
 from matplotlib.ticker import MaxNLocator
 
 from natgrad_lab.figures import drawing
+from natgrad_lab.recipes.natgrad_comparison import method_of
 from natgrad_lab.recipes.run import Record
 
 FILES = Path(__file__).parents[2] / "docs" / "papers" / "files"
@@ -27,7 +28,7 @@ def drawn(found: dict[str, Any], tmp_path: Path) -> drawing.Drawing:
 
 @pytest.mark.parametrize("name", ["natgrad-fig2", "natgrad-fig5"])
 def test_a_run_that_diverged_ends_early_and_is_called_so(name: str, tmp_path: Path) -> None:
-    """One division of several, or the only run: fewer evaluations, the last one without a training nll."""
+    """One of several runs: fewer evaluations, the last one without a training nll."""
     found = content(name)
     part = list(found["results"])[1]
     for columns in (found["results"][part],):
@@ -35,7 +36,7 @@ def test_a_run_that_diverged_ends_early_and_is_called_so(name: str, tmp_path: Pa
             columns[key] = columns[key][:4]
         columns["train"][-1], columns["end"] = None, "diverged"
     rows = {what: here for what, _, here in drawn(found, tmp_path).rows}
-    method = part.partition(", split")[0]
+    method = method_of(part)
     assert rows[f"{method}: train nll"] == "diverged"
     assert all(here != "diverged" for what, here in rows.items() if not what.startswith(method))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import natgrad as ng
 from natgrad_lab.deformations import Deformation
 from natgrad_lab.recipes.base import find
+from natgrad_lab.recipes.natgrad_comparison import method_of
 from natgrad_lab.recipes.natgrad_order import MSGD, NATURAL, Experiment, output_variance
 from natgrad_lab.recipes.natgrad_problems import convolutional, faces
 from natgrad_lab.recipes.natgrad_training import Problem, Training, glorot_, train
@@ -113,6 +114,22 @@ def test_stopped_training_goes_on_to_the_same_end(metric: str, tmp_path: Path, m
     assert whole == stopped
     assert whole["update"] == [0, 2, 4, 6] and whole["end"] == "finished"
     assert whole["train"][-1] < whole["train"][0]
+
+
+def test_runs_of_a_figure_differ_in_weights_and_batches(tmp_path: Path) -> None:
+    """Run 2 of seed 3 is run 1 of seed 4, on the same data."""
+
+    def results(seed: int, runs: int) -> dict[str, Any]:
+        (tmp_path / str(seed)).mkdir()
+        run = Run(find("natgrad-fig4"), tmp_path / str(seed), quick=True, seed=seed)
+        run.configuration["runs"] = runs
+        run.configuration["methods"] = {k: run.configuration["methods"][k] for k in ("MSGD", "KL, unlabelled")}
+        return run.execute().results
+
+    several, other = results(3, 2), results(4, 1)
+    assert list(several) == ["MSGD, run 1", "KL, unlabelled, run 1", "MSGD, run 2", "KL, unlabelled, run 2"]
+    assert [method_of(part) for part in several] == 2 * ["MSGD", "KL, unlabelled"]
+    assert several["KL, unlabelled, run 2"] == other["KL, unlabelled, run 1"] != several["KL, unlabelled, run 1"]
 
 
 def test_a_diverging_run_says_so(tmp_path: Path) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from natgrad_lab.figures.drawing import COLOURS, INK, Drawing, canvas, draws
-from natgrad_lab.recipes.natgrad_comparison import COVARIANCE, DIFFERENT, MSGD, SAME, UNLABELLED
+from natgrad_lab.recipes.natgrad_comparison import (
+    CONTROL,
+    COVARIANCE,
+    DIFFERENT,
+    MSGD,
+    SAME,
+    UNLABELLED,
+    method_of,
+)
 from natgrad_lab.recipes.run import Record
 
 # Table 1: the nll of the training cases and the test error in percent. TFD's second column belongs to the same batch
@@ -30,6 +38,7 @@ STYLES = {
     UNLABELLED: (COLOURS[0], "o"),
     DIFFERENT: (COLOURS[2], "^"),
     SAME: (COLOURS[1], "s"),
+    CONTROL: (COLOURS[0], "x"),
     COVARIANCE: (COLOURS[4], "v"),
 }
 
@@ -60,12 +69,13 @@ def table_1(record: Record) -> Drawing:
     for one, (name, found) in zip(axes[0], record.results.items(), strict=True):
         ends = found["methods"]
         ours = {method: _mean(values["test"]) for method, values in ends.items()}
-        largest = max([value or 0.0 for value in ours.values()] + [PRINTED[name][method][1] for method in ends])
+        largest = max([value or 0.0 for value in ours.values()] + [printed for _, printed in PRINTED[name].values()])
         for i, method in enumerate(ends):
             colour, marker = STYLES[method]
-            printed = PRINTED[name][method][1]
-            label = "printed" if i == 0 else None
-            one.plot(i - 0.15, printed, "_", markersize=16, markeredgewidth=2.5, color=INK["soft"], label=label)
+            if method in PRINTED[name]:
+                printed = PRINTED[name][method][1]
+                label = "printed" if i == 0 else None
+                one.plot(i - 0.15, printed, "_", markersize=16, markeredgewidth=2.5, color=INK["soft"], label=label)
             if ours[method] is not None:
                 one.plot(i + 0.15, ours[method], marker, markersize=8, color=colour)
         one.set_xticks(range(len(ends)), [m.replace(", ", ",\n") for m in ends], fontsize=8, rotation=40)
@@ -82,7 +92,7 @@ def _curves(record: Record, xscale: str = "linear") -> Drawing:
     figure, axes = canvas(1, 2, width=10, height=4.2)
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for part, columns in record.results.items():
-        runs.setdefault(part.partition(", split")[0], []).append(columns)
+        runs.setdefault(method_of(part), []).append(columns)
     for name, found in runs.items():
         colour, marker = STYLES[name]
         line = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.6, "label": name}
@@ -113,15 +123,21 @@ def _curves(record: Record, xscale: str = "linear") -> Drawing:
 def _rows(name: str, ends: Mapping[str, Mapping[str, Sequence[float | None]]]) -> list[tuple[str, str, str]]:
     rows = []
     for method, values in ends.items():
-        train, test = PRINTED[name][method]
-        rows.append((f"{method}: train nll", f"{train:.2g}", _number(values["train"], ".2g")))
-        rows.append((f"{method}: test error", f"{test:.2f} %", _number(values["test"], ".2f", " %")))
+        train, test = PRINTED[name].get(method, (None, None))
+        for kind, printed, form, unit in (("train nll", train, ".2g", ""), ("test error", test, ".2f", " %")):
+            paper = "–" if printed is None else format(printed, form) + unit
+            rows.append((f"{method}: {kind}", paper, _number(values[kind.split()[0]], form, unit)))
     return rows
 
 
 def _number(values: Sequence[float | None], form: str, unit: str = "") -> str:
+    """The mean, and of several runs the least and the largest."""
     mean = _mean(values)
-    return "diverged" if mean is None else format(mean, form) + unit
+    if mean is None:
+        return "diverged"
+    found = [format(value, form) for value in values if value is not None]
+    least, largest = min(found, key=float), max(found, key=float)
+    return format(mean, form) + unit + (f" ({least} to {largest})" if len(found) > 1 else "")
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
