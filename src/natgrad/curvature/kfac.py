@@ -26,7 +26,6 @@ from natgrad.curvature.uncovered import couples_examples
 from natgrad.layers.bare import BareRule
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.factors import flatten_rows
-from natgrad.layers.linear import LinearRule
 from natgrad.layers.rules import DiagonalRule
 from natgrad.likelihoods import Likelihood, is_plain_sum
 from natgrad.model_view import ModelView, batch_size, select_rows
@@ -151,7 +150,7 @@ def statistics_from(
         targets = None if targets is None else select_rows(targets, slice(0, rows))
         weight = weight[:rows] if weight is not None and weight.ndim and weight.shape[0] == batch else weight
     source = record.source(z) if diagonal_output and not order and expectation != "empirical" else None
-    source = source if source is not None and type(record.blocks[source].rule) is LinearRule else None
+    source = source if source is not None and record.blocks[source].rule.by_hand else None
     diagonal = fisher_diagonal(likelihood, z_rows, targets, weight) if source is not None else None
     known = (
         {source: flatten_rows(diagonal.expand_as(z_rows)).sum(0)} if source is not None and diagonal is not None else {}

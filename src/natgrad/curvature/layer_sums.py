@@ -10,7 +10,6 @@ from torch import Tensor
 from natgrad.curvature.base import LayerSums, to_dense
 from natgrad.curvature.gram import Gram
 from natgrad.layers.factors import flatten_rows
-from natgrad.layers.linear import LinearRule
 from natgrad.layers.rules import Block, DiagonalRule, KroneckerRule, Use
 
 # Examples whose derivatives are taken one by one, in one vectorised backward pass.
@@ -109,7 +108,7 @@ def add_outputs(
 
 def _kept(block: Block, uses: Sequence[Use]) -> Gram | None:
     """The rows of a linear layer's only call, where they take less memory than the matrix."""
-    if type(block.rule) is not LinearRule or block.sharing != "expand" or "weight" not in block.members:
+    if not block.rule.by_hand or block.sharing != "expand" or "weight" not in block.members:
         return None
     if len(uses) != 1 or uses[0].share != 1:
         return None

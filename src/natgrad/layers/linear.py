@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.layers.factors import flatten_rows, input_moment, second_moment
-from natgrad.layers.rules import Block, KroneckerRule, Use
+from natgrad.layers.rules import Block, KroneckerRule, LayerRule, Use
 
 
 class LinearRule(KroneckerRule):
@@ -22,6 +22,11 @@ class LinearRule(KroneckerRule):
         "input_covariance",
         "layerwise",
     )
+
+    @property
+    def by_hand(self) -> bool:
+        """True; not of a class derived from this one, which may do something else."""
+        return type(self) is LinearRule and self.attributes == LayerRule.attributes
 
     def rows(self, use: Use) -> Float[Tensor, "examples positions in"]:
         """The input itself."""

@@ -157,6 +157,11 @@ class LayerRule(ABC):
     interceptor: Any = None
     features_last = False
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether the layer is ``W a + b`` and the block holds both: gradients may be formed from (a, g) without it."""
+        return False
+
     def parameters(self, layer: Any) -> dict[str, nn.Parameter]:
         """The layer's parameters that the block may hold, by attribute name."""
         found = {name: layer._parameters.get(name) for name in self.attributes}
@@ -302,14 +307,11 @@ class DiagonalRule(LayerRule):
 def of_weight_alone(rule: KroneckerRule) -> KroneckerRule:
     """The same rule for the weight without the bias: of layers that share the one and not the other.
 
-    It has a class of its own: what is done by hand for a ``LinearRule`` and no other takes the layer's bias along.
-
     Args:
         rule: with the attributes weight and bias.
     """
-    kind = type(rule)
     other = copy.copy(rule)
-    other.__class__ = type(kind.__name__, (kind,), {"attributes": ("weight",), "__doc__": kind.__doc__})
+    other.attributes = ("weight",)
     return other
 
 

@@ -22,7 +22,6 @@ from natgrad.curvature.kfac import check_captured, statistics_from, trainable_pa
 from natgrad.curvature.uncovered import couples_examples, squared_gradients
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.factors import flatten_rows
-from natgrad.layers.linear import LinearRule
 from natgrad.likelihoods import Likelihood, is_plain_sum, nll_and_score
 from natgrad.model_view import ModelView, Replay, batch_size, select_rows
 from natgrad.operators.chain import Chain, ChainRecord
@@ -287,7 +286,7 @@ class Evaluator:
                 if keep_rows:
                     found.rows.setdefault(name, []).append((flatten_rows(a), flatten_rows(g)))
             return
-        by_hand = {name: b for name, b in part.record.blocks.items() if type(b.rule) is LinearRule}
+        by_hand = {name: b for name, b in part.record.blocks.items() if b.rule.by_hand}
         targets = self.layout.parameters(into)
         own = {member for block in by_hand.values() for member in block.members.values()}
         others = {name: target for name, target in targets.items() if name not in own}
@@ -342,7 +341,7 @@ def _keep_rows(
 ) -> None:
     """Append (a, g) of every call."""
     for name, found in record.inputs.items():
-        if type(record.blocks[name].rule) is not LinearRule:
+        if not record.blocks[name].rule.by_hand:
             continue
         pairs = zip(found, gradients[name], strict=True)
         into.setdefault(name, []).extend((flatten_rows(a), flatten_rows(g)) for a, g in pairs)

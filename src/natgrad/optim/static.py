@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from natgrad.curvature.kfac import trainable_parts
 from natgrad.layers.capture import Record
 from natgrad.layers.factors import input_moment
-from natgrad.layers.linear import LinearRule
 from natgrad.model_view import batch_size, tensor_leaves
 
 _ROWS_AT_ONCE = 4096
@@ -82,7 +81,7 @@ def _fed_by(record: Record, inputs: Any) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for name, calls in record.inputs.items():
         block = record.blocks[name]
-        if type(block.rule) is not LinearRule or block.sharing != "expand":
+        if not block.rule.by_hand or block.sharing != "expand":
             continue
         for index, leaf in enumerate(leaves):
             a = calls[0]
