@@ -121,7 +121,7 @@ def test_order_is_that_of_parameters(name: str) -> None:
     assert torch.equal(view.to_vector(view.parameters), parameters_to_vector(trainable))
 
 
-@given(columns=st.none() | st.integers(0, 3), name=st.sampled_from(["mlp", "tied", "frozen"]))
+@given(columns=st.none() | st.integers(0, 3), name=st.sampled_from(["mlp", "tied", "frozen", "scalar"]))
 def test_vectors_and_dicts_are_inverse(columns: int | None, name: str) -> None:
     view = ModelView(networks.case(name).model)
     shape = (view.num_parameters,) if columns is None else (view.num_parameters, columns)

@@ -245,7 +245,7 @@ class ModelView:
             )
         sizes = [p.numel() for p in self._parameters.values()]
         return {
-            name: part.reshape(*parameter.shape, *v.shape[1:])
+            name: part.reshape((*parameter.shape, *v.shape[1:]))
             for (name, parameter), part in zip(self._parameters.items(), v.split(sizes), strict=True)
         }
 

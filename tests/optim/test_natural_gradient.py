@@ -43,7 +43,10 @@ def test_a_step_is_the_dense_solve(family: str, solver: str) -> None:
     assert opt.stats["products"] == opt.stats["iterations"] > 3
 
 
-@pytest.mark.parametrize("name", ["tied", "layer_norm", "conv", "tuple", "mapping", "sequence", "frozen", "forward"])
+@pytest.mark.parametrize(
+    "name",
+    ["tied", "tied_bias", "scalar", "layer_norm", "conv", "tuple", "mapping", "sequence", "frozen", "forward"],
+)
 @pytest.mark.parametrize("solver", EXACT)
 def test_any_model_and_call_convention(name: str, solver: str) -> None:
     case = networks.case(name)

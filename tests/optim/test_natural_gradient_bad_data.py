@@ -102,3 +102,31 @@ def test_states_of_others_are_refused() -> None:
     other = ng.TONGA(mlp(4, 5, 3), ng.Gaussian())
     with pytest.raises(ValueError, match="expected the state of a NaturalGradient"):
         opt.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("make", [ng.NaturalGradient, ng.HessianFree], ids=["metric", "gauss_newton"])
+@pytest.mark.parametrize("ignored", [slice(0, 4), slice(4, 8), slice(8, 12)], ids=["first", "middle", "last"])
+def test_a_micro_batch_in_which_no_target_counts_adds_nothing(make, ignored) -> None:
+    """A mean over the targets that count: one micro-batch has none, and the whole batch has some."""
+    likelihood = ng.Categorical("element", ignore_index=1)
+    x, y = data(ng.Categorical(), 4, 3)
+    y = torch.where(y == 1, 2, y)
+    y[ignored] = 1
+    vectors = []
+    for size in (4, None):
+        model = mlp(4, 5, 3)
+        opt = make(model, likelihood, damping=0.3)
+        opt.step(x, y, micro_batch_size=size)
+        assert opt.stats["accepted"] and opt.stats["skipped"] == 0
+        vectors.append(vector(model))
+    torch.testing.assert_close(*vectors, rtol=1e-6, atol=1e-8)
+
+
+def test_the_preconditioner_sees_a_micro_batch_in_which_targets_count() -> None:
+    model, likelihood = mlp(4, 5, 3), ng.Categorical("element", ignore_index=1)
+    x, y = data(ng.Categorical(), 4, 3)
+    y = torch.where(y == 1, 2, y)
+    y[:6] = 1
+    opt = ng.NaturalGradient(model, likelihood, damping=0.3, preconditioner="block_diagonal")
+    opt.step(x, y, micro_batch_size=6)
+    assert opt.stats["reason"] == "converged" and opt.stats["accepted"]

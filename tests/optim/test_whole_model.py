@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import networks
 from oracles.kfac import data, mlp, vector
 from torch import Tensor, nn
 
@@ -210,3 +211,13 @@ def test_dropout_and_frozen_parameters(make: Any) -> None:
     for x, y in batches:
         assert math.isfinite(opt.step(x, y))
     assert opt.stats["skipped"] == 0 and torch.equal(model[0].weight, frozen)
+
+
+@by_optimiser
+def test_a_parameter_without_dimensions(make: Any) -> None:
+    case = networks.case("scalar")
+    x, y = torch.cat([case.x] * 3), torch.ones(12, 2, dtype=torch.float64)
+    opt = make(case.model, LIKELIHOOD)
+    before, first = case.model.scale.item(), opt.step(x, y)
+    assert opt.step(x, y) < first and case.model.scale.item() > before
+    opt.load_state_dict(opt.state_dict())

@@ -35,6 +35,17 @@ class Tied(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
+class Scaled(nn.Module):
+    """A parameter without dimensions, as a temperature is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(3, 2), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * torch.tanh(self.layer(x))
+
+
 class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -62,6 +73,12 @@ def _frozen() -> nn.Module:
     return model
 
 
+def _tied_bias() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 2))
+    model[2].bias = model[0].bias
+    return model
+
+
 def _mlp(*widths: int, bias: bool = True) -> nn.Sequential:
     layers: list[nn.Module] = []
     for a, b in zip(widths, widths[1:], strict=False):
@@ -74,6 +91,8 @@ _BUILDERS: dict[str, Callable[[], tuple]] = {
     "no_bias": lambda: (_mlp(3, 3, 2, bias=False), torch.randn(4, 3)),
     "batch_of_one": lambda: (_mlp(3, 3, 2), torch.randn(1, 3)),
     "tied": lambda: (Tied(), torch.randn(3, 3)),
+    "tied_bias": lambda: (_tied_bias(), torch.randn(4, 3)),
+    "scalar": lambda: (Scaled(), torch.randn(4, 3)),
     "layer_norm": lambda: (
         nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.SiLU(), nn.Linear(4, 2)),
         torch.randn(4, 3),

@@ -124,7 +124,7 @@ class TensorRows:
 
     def combine(self, c: Float[Tensor, " n"]) -> dict[str, Tensor]:
         """``Rᵀ c`` by parameter."""
-        return {self.name: (c @ self.rows).view(*self.shape)}
+        return {self.name: (c @ self.rows).view(self.shape)}
 
     def project(self, v: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
         """``R v`` for a vector by parameter."""
@@ -140,7 +140,7 @@ class TensorRows:
 
     def squares(self) -> dict[str, Tensor]:
         """The sums of the squares of every element, by parameter."""
-        return {self.name: self.rows.square().sum(0).view(*self.shape)}
+        return {self.name: self.rows.square().sum(0).view(self.shape)}
 
     def tensors(self) -> "list[RowBlock]":
         """Itself."""

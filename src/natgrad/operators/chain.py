@@ -68,9 +68,10 @@ class Chain:
                 return None
         if any(set(layer._parameters) != {"weight", "bias"} for layer in layers):
             return None  # a weight that is computed from others
-        if len({id(layer.weight) for layer in layers}) < len(layers):
-            return None
-        if not all(p is None or p.requires_grad for layer in layers for p in layer._parameters.values()):
+        members = [p for layer in layers for p in layer._parameters.values() if p is not None]
+        if len({id(p) for p in members}) < len(members):
+            return None  # a weight or a bias that two layers share
+        if not all(p.requires_grad for p in members):
             return None
         return cls(names, layers, activations)
 

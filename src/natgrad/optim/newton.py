@@ -137,6 +137,7 @@ class NewtonModel:
             keep = len(batches) == 1
             parts.append(Part(inputs, targets, replay, count, keep, products if keep else None))
         assert nll is not None and gradient is not None  # there is at least one batch
+        parts = _that_count(parts)
         count = self.total(parts)
         loss, gradient = nll / count, gradient.div_(count.to(gradient.dtype))
         return Evaluated(loss, gradient, parts, torch.isfinite(loss) & torch.isfinite(gradient.sum()))
@@ -173,7 +174,7 @@ class NewtonModel:
             self.validate(z, targets)
             count = torch.as_tensor(self.likelihood.count(z, targets), device=z.device).double()
             found.append(Part(inputs, targets, replay, count, keep, products))
-        return found
+        return _that_count(found)
 
     def curvature(
         self,
@@ -273,3 +274,11 @@ class NewtonModel:
         found = torch.autograd.grad(loss, list(self.view.parameters.values()), materialize_grads=True)
         flat = torch.cat([g.reshape(-1).to(self.view.dtype) for g in found])
         return z.detach(), loss.detach(), flat
+
+
+def _that_count(parts: list[Part]) -> list[Part]:
+    """Without micro-batches in which no target counts: of a mean over none there is no curvature."""
+    if len(parts) == 1:
+        return parts
+    counts = torch.stack([part.count for part in parts]).tolist()
+    return [part for part, count in zip(parts, counts, strict=True) if count] or parts
