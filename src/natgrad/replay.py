@@ -27,6 +27,11 @@ class Replay:
             self._buffers.append((owner, name, copy))
         self._outside: list[tuple[list[Any], list[tuple[nn.Module, str, Tensor | None]]]] = []
 
+    def drawn(self) -> bool:
+        """Whether random numbers have been drawn since the state was captured."""
+        now = _rng_states(self._devices)
+        return not all(torch.equal(old, new) for old, new in zip(self._rng, now, strict=True))
+
     def __enter__(self) -> "Replay":
         """Enter the captured state."""
         # The buffers themselves are swapped, not overwritten: graphs that saved the outer ones stay valid.

@@ -166,14 +166,16 @@ def _products(
     check_likelihood(likelihood)
     view = ModelView(model, forward)
     check_examples_apart(view, "U")
-    with view.snapshot():
-        collect = PerExampleGradients(view)
+    same = view.snapshot()  # one function throughout: dropout draws the same masks
+    collect = PerExampleGradients(view)
+    with same:
         passed = collect(likelihood, x, y)
-        g = passed.rows
-        metric: GradientRows | None = None
-        for column in likelihood.fisher_factor(passed.z).unbind(-1):
+    g = passed.rows
+    metric: GradientRows | None = None
+    for column in likelihood.fisher_factor(passed.z).unbind(-1):
+        with same:
             rows = collect(_Linear(), x, column).rows  # type: ignore[bad-argument-type]  # all that it needs is nll
-            metric = rows if metric is None else metric.append(rows)
+        metric = rows if metric is None else metric.append(rows)
     if metric is None:
         raise ValueError(f"likelihood: {type(likelihood).__name__}.fisher_factor returned no columns: no metric")
     uu, gg, ug = (product.double() / len(g) for product in (g.gram(), metric.gram(), g.gram(metric)))

@@ -73,6 +73,30 @@ def test_a_layer_that_is_used_in_ways_that_no_hook_sees_gets_rows_of_its_own() -
     torch.testing.assert_close(passed.rows.to_dense(), dense_gradients(case, y, "gaussian"))
 
 
+class _PositionsFirst(nn.Module):
+    """Works through sequences with the positions in dimension 0, as torch.nn.Transformer does by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(x.transpose(0, 1))).transpose(0, 1).sum(1))
+
+
+@pytest.mark.parametrize("positions", [5, 4])
+def test_as_many_positions_as_examples_are_not_taken_for_examples(positions: int) -> None:
+    torch.manual_seed(0)
+    case = networks.Case(_PositionsFirst().double(), torch.randn(5, positions, 3, dtype=torch.float64))
+    y = networks.targets("gaussian", case.z)
+    expected = dense_gradients(case, y, "gaussian")
+    for index in (None, torch.tensor([3, 1])):
+        collect = PerExampleGradients(ModelView(case.model))
+        for _ in range(2):
+            rows = collect(ng.Gaussian(), case.x, y, index).rows.to_dense()
+            torch.testing.assert_close(rows, expected if index is None else expected[index])
+
+
 def test_plain_layers_are_never_written_out_and_long_sequences_are() -> None:
     model, x = mlp(6, 7, 2), torch.randn(4, 6, dtype=torch.float64)
     passed = PerExampleGradients(ModelView(model))(ng.Gaussian(), x, torch.zeros(4, 2, dtype=torch.float64))
@@ -104,7 +128,7 @@ def test_models_without_batched_derivatives_are_differentiated_one_example_after
 
 
 @pytest.mark.parametrize("centered", [True, False])
-@pytest.mark.parametrize("name", ["mlp", "no_bias", "tied", "layer_norm", "conv", "sequence", "frozen"])
+@pytest.mark.parametrize("name", ["mlp", "no_bias", "tied", "layer_norm", "scalar", "conv", "sequence", "frozen"])
 def test_low_rank_form_is_the_matrix_free_operator(name: str, centered: bool) -> None:
     case = networks.case(name)
     y = networks.targets("bernoulli", case.z)

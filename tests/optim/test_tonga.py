@@ -93,6 +93,29 @@ def test_convolutions_and_sequences() -> None:
     torch.testing.assert_close(vector(model) - before, expected)
 
 
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("chunk_size, micro_batch_size", [(None, None), (4, None), (5, 5), (2, 3)])
+def test_dropout_leaves_the_gradient_that_of_the_loss(
+    chunk_size: int | None, micro_batch_size: int | None, centered: bool
+) -> None:
+    """Layers that go through torch.func once drew masks of their own: the step was along no gradient of any loss."""
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(6, 2)).double()
+    x, y = torch.randn(6, 1, 5, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    size = micro_batch_size or 6
+    torch.manual_seed(3)
+    losses = [
+        ng.Gaussian().nll(model(part), y[i : i + size], count=6)
+        for i, part in zip(range(0, 6, size), x.split(size), strict=True)
+    ]
+    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(sum(losses), list(model.parameters()))])
+    before = vector(model)
+    torch.manual_seed(3)
+    opt = ng.TONGA(model, ng.Gaussian(), damping=1e9, lr=1e9, momentum=0.0, centered=centered, chunk_size=chunk_size)
+    loss = opt.step(x, y, micro_batch_size)
+    torch.testing.assert_close(loss, sum(losses).detach())
+    torch.testing.assert_close(vector(model) - before, -gradient, atol=1e-7, rtol=0)
+
+
 def test_the_relative_damping_makes_steps_inversely_proportional_to_the_scale_of_the_loss() -> None:
     steps = []
     for variance in (1.0, 0.1):

@@ -111,7 +111,7 @@ class TensorRows:
 
     rows: Float[Tensor, "n size"]
     name: str
-    shape: Sequence[int]
+    shape: tuple[int, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -180,6 +180,12 @@ class GradientRows:
         for block in self.blocks:
             found |= block.combine(c)
         return self.view.to_vector(found)
+
+    def sum(self) -> Float[Tensor, " P"]:
+        """The sum of all rows."""
+        block = self.blocks[0]
+        like = block.g if isinstance(block, LinearRows) else block.rows
+        return self.combine(like.new_ones(len(self)))
 
     def squares(self) -> Float[Tensor, " P"]:
         """The sum over the examples of the square of every element of the gradient: n times the diagonal of U."""

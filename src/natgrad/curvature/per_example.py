@@ -1,6 +1,6 @@
 """Gradients of single examples: a and g for linear layers, ``torch.func``, a few examples at a time, for the rest."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from natgrad.curvature.gradient_rows import GradientRows, LinearRows, RowBlock, TensorRows, written_out
+from natgrad.curvature.gradient_rows import GradientRows, LinearRows, TensorRows, written_out
 from natgrad.layers.capture import Capture, Record
 from natgrad.layers.coverage import cover
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import ModelView, batch_size, select_rows
+from natgrad.replay import Replay
 
 # What the gradients and activations of one pass over a few examples may occupy, roughly.
 _CHUNK_BYTES = 2**28
@@ -38,6 +39,9 @@ class Passed:
 
 class PerExampleGradients:
     """Computes per-example gradients of a model, batch after batch.
+
+    Dropout draws the same masks for all rows where the batch is one pass of ``torch.func``; else the rows of each pass
+    have masks of their own.
 
     Args:
         view: the model.
@@ -71,12 +75,13 @@ class PerExampleGradients:
             y: its targets.
             index: the examples whose gradients are wanted; default all.
         """
+        before = self.view.snapshot()
         with torch.enable_grad(), self.capture.record() as record:
             z = self.view(x)
             leaf = z.detach().requires_grad_()
             nll = likelihood.nll(leaf, y, count=z.new_ones(()))
             (score,) = torch.autograd.grad(nll, leaf)
-        return self.from_cotangents(record, z, score, likelihood, x, y, nll.detach(), index)
+        return self.from_cotangents(record, z, score, likelihood, x, y, nll.detach(), index, before)
 
     def from_cotangents(
         self,
@@ -88,31 +93,39 @@ class PerExampleGradients:
         y: Any,
         nll: Tensor,
         index: Tensor | None,
+        before: Replay,
     ) -> Passed:
-        """The backward half of a call."""
+        """The backward half of a call; ``before`` is the state before its forward half."""
         n = z.shape[0]
         names = self.view.names
-        want_gradient = index is not None or not self._checked
-        parameters = [self.view.parameters[name] for name in names] if want_gradient else []
-        g, found = record.gradients(z, score, parameters, retain_graph=False)
+        weights = torch.arange(n, dtype=score.dtype, device=score.device).mul(2.4).cos()  # no two alike
+        weighted = None
+        if not self._checked:
+            spread = weights.view(n, *[1] * (score.ndim - 1))
+            weighted = self._by_name(record.gradients(z, score * spread, self._parameters(), retain_graph=True)[1])
+        drawn = before.drawn()
         total = None
-        if want_gradient:
-            pairs = zip(self.view.parameters.values(), found, strict=True)
-            total = {name: torch.zeros_like(p) if d is None else d for name, (p, d) in zip(names, pairs, strict=True)}
+        if index is not None or drawn:
+            g, found = record.gradients(z, score, self._parameters(), retain_graph=False)
+            total = self._by_name(found)
+        else:
+            g, _ = record.gradients(z, score, retain_graph=False)
         blocks = {name: self._layer_rows(name, record, g, n) for name in self.members}
-        if not self._checked and total is not None:
-            self._distrust(blocks, total)
+        if weighted is not None:
+            self._distrust(blocks, weighted, weights)
         linear = [block for block in blocks.values() if block is not None]
         if index is not None:
             linear = [block.select(index) for block in linear]
         covered = {name for block in linear for name in block.names}
         others = tuple(name for name in names if name not in covered)
-        explicit: list[RowBlock] = []
+        explicit: list[TensorRows] = []
         if others:
             rows = x if index is None else select_rows(x, index)
             answers = y if index is None else select_rows(y, index)
-            explicit = self._func_rows(likelihood, rows, answers, others)
-        gradient = None if index is None or total is None else self.view.to_vector(total)
+            explicit = self._func_rows(likelihood, rows, answers, others, before)
+        if index is None and total is not None and _add_up(explicit, total):
+            total = None
+        gradient = None if total is None else self.view.to_vector(total)
         return Passed(z.detach(), nll, GradientRows(self.view, [*written_out(linear), *explicit]), gradient)
 
     def _layer_rows(self, name: str, record: Record, g: Mapping[str, list[Tensor]], n: int) -> LinearRows | None:
@@ -127,33 +140,45 @@ class PerExampleGradients:
         joined = (a[0], derivatives[0]) if len(a) == 1 else (torch.cat(a, 1), torch.cat(derivatives, 1))
         return LinearRows(*joined, weight, bias)
 
-    def _distrust(self, blocks: dict[str, LinearRows | None], total: Mapping[str, Tensor]) -> None:
-        """Once: give rows of their own to layers whose gradients do not add up to the batch's (used in other ways)."""
+    def _parameters(self) -> list[nn.Parameter]:
+        return list(self.view.parameters.values())
+
+    def _by_name(self, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        pairs = zip(self.view.parameters.items(), found, strict=True)
+        return {name: torch.zeros_like(p) if d is None else d for (name, p), d in pairs}
+
+    def _distrust(
+        self, blocks: dict[str, LinearRows | None], total: Mapping[str, Tensor], weights: Float[Tensor, " n"]
+    ) -> None:
+        """Once: written-out rows for layers whose gradients do not add up to the batch's, weighted by example.
+
+        So it is with layers that are used in other ways too, and with those that have something else than the examples
+        in dimension 0, although as much of it.
+        """
         self._checked = True
         for name, block in list(blocks.items()):
             right = block is not None
             if block is not None:
-                ones = torch.ones(len(block.a), dtype=block.g.dtype, device=block.g.device)
-                for parameter, summed in block.combine(ones).items():
-                    size = torch.linalg.vector_norm(total[parameter])
-                    off = torch.linalg.vector_norm(summed - total[parameter])
+                for parameter, summed in block.combine(weights.to(block.g.dtype)).items():
                     # a loss that is not finite tells nothing: look again at the next batch
-                    if not torch.isfinite(size):
+                    if not torch.isfinite(total[parameter].sum()):
                         self._checked = False
-                    elif off > 1e-3 * size:
+                    elif _differ(summed, total[parameter]):
                         right = False
             if not right:
                 blocks[name] = None
                 del self.members[name]
 
-    def _func_rows(self, likelihood: Likelihood, x: Any, y: Any, names: tuple[str, ...]) -> list[RowBlock]:
+    def _func_rows(
+        self, likelihood: Likelihood, x: Any, y: Any, names: tuple[str, ...], before: Replay
+    ) -> list[TensorRows]:
         """Rows of some parameters by ``vmap(grad)`` in chunks, or one example after the other where vmap fails."""
         view, n = self.view, batch_size(x)
         parameters = {name: view.parameters[name].detach() for name in names}
         rows = {name: p.new_empty(n, p.numel()) for name, p in parameters.items()}
         size = self.chunk_size or self._affordable(sum(p.numel() for p in parameters.values()))
         gradients = _by_vmap
-        with view.snapshot(), view.curvature_pass():
+        with before, view.curvature_pass():
             start = 0
             while start < n:
                 part = slice(start, min(n, start + size))
@@ -175,6 +200,15 @@ class PerExampleGradients:
         element = torch.empty(0, dtype=self.view.dtype).element_size()
         # activations are not known; a layer's are rarely more than a few times its parameters
         return max(1, _CHUNK_BYTES // (element * (4 * size + self.view.num_parameters)))
+
+
+def _differ(found: Tensor, expected: Tensor) -> bool:
+    return bool(torch.linalg.vector_norm(found - expected) > 1e-3 * torch.linalg.vector_norm(expected))
+
+
+def _add_up(blocks: Sequence[TensorRows], total: Mapping[str, Tensor]) -> bool:
+    """Whether the rows are those of the pass that found the gradient: chunks draw other masks for dropout."""
+    return not any(_differ(block.rows.sum(0).view(block.shape), total[block.name]) for block in blocks)
 
 
 def _by_vmap(

@@ -201,8 +201,10 @@ class TONGA(WholeModelOptimizer):
             self._validate(passed.z, y)
             nll = nll + passed.nll
             counts.append(torch.as_tensor(self.likelihood.count(passed.z, y), device=nll.device).to(nll.dtype))
-            if passed.gradient is not None:
-                gradient = passed.gradient if gradient is None else gradient + passed.gradient
+            if passed.gradient is not None or gradient is not None:
+                here = passed.rows.sum() if passed.gradient is None else passed.gradient
+                so_far = rows.sum() if gradient is None and rows is not None else gradient
+                gradient = here if so_far is None else so_far + here
             rows = passed.rows if rows is None else rows.append(passed.rows)
         assert rows is not None  # there is at least one batch
         count = counts[0] if is_plain_sum(self.likelihood) else torch.stack(counts).sum()
