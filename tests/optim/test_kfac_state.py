@@ -95,6 +95,7 @@ def test_resuming_with_the_gamma_rule_and_an_lr_schedule() -> None:
     again.load_state_dict(saved[0])
     resumed, schedule = make(again)
     resumed.load_state_dict(saved[1])
+    assert resumed.param_groups[0].keys() == opt.param_groups[0].keys()
     schedule.load_state_dict(saved[2])
     assert resumed.param_groups[0]["lr"] == 0.5
     assert train(resumed, schedule, 5, 12) == losses

@@ -91,6 +91,85 @@ def test_resuming_equals_an_uninterrupted_run(make: Any, way: str) -> None:
 
 
 @by_optimiser
+def test_a_schedule_may_be_made_anew_after_a_state_is_loaded(make: Any) -> None:
+    """``initial_lr``, which a scheduler writes into the groups and asks for when it is made at a later epoch."""
+    model, batches = problem()
+    opt = make(model, LIKELIHOOD, lr=0.5)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+    for x, y in batches[:2]:
+        opt.step(x, y)
+        schedule.step()
+    again = make(mlp(4, 5, 3), LIKELIHOOD, lr=1.0)
+    again.load_state_dict(opt.state_dict())
+    assert again.state_dict()["param_groups"][0].keys() == opt.state_dict()["param_groups"][0].keys()
+    schedule = torch.optim.lr_scheduler.ExponentialLR(again, 0.5, last_epoch=1)
+    assert again.param_groups[0]["initial_lr"] == 0.5 and schedule.get_last_lr() == [0.125]
+    assert set(again.param_groups[0]) == {"params", "param_names", "lr", "initial_lr"}
+
+
+def test_a_state_with_more_in_it_is_refused() -> None:
+    """A past of more directions once lost the largest of them, momentum was lost altogether."""
+    model, batches = problem()
+    opt = ng.TONGA(model, LIKELIHOOD, past=ng.PastGradients(rank=5))
+    opt.step(*batches[0])
+    for past, momentum in ((ng.PastGradients(rank=3), 0.9), (None, 0.9), (None, 0.0)):
+        other = ng.TONGA(model, LIKELIHOOD, past=past, momentum=momentum)
+        with pytest.raises(ValueError, match=r"parameter '0.weight': the state has unknown .*'past_4'"):
+            other.load_state_dict(opt.state_dict())
+
+
+@by_optimiser
+def test_numbers_of_a_step_stay_as_they_were(make: Any) -> None:
+    model, batches = problem()
+    opt = make(model, LIKELIHOOD)
+    opt.step(*batches[0])
+    stats = opt.stats
+    opt.step(batches[1][0] * math.nan, batches[1][1])
+    assert stats["skipped"] == 0 and opt.stats["skipped"] == 1
+
+
+@by_optimiser
+def test_a_copy_is_refused(make: Any) -> None:
+    opt = make(problem()[0], LIKELIHOOD)
+    with pytest.raises(TypeError, match=f"{type(opt).__name__} belongs to the model that it evaluates"):
+        copy.deepcopy(opt)
+
+
+@by_optimiser
+def test_what_was_frozen_in_the_meantime_is_named(make: Any) -> None:
+    model, batches = problem()
+    opt = make(model, LIKELIHOOD)
+    before = copy.deepcopy(model.state_dict())
+    model[2].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"2\.weight was frozen"):
+        opt.step(*batches[0])
+    assert all(torch.equal(now, before[name]) for name, now in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    {
+        "lr": (lambda m: ng.HessianFree(m, LIKELIHOOD, lr="fast"), "lr='fast': expected a number"),  # type: ignore
+        "solve": (lambda m: ng.HessianFree(m, LIKELIHOOD, solve=30), "solve=30: expected natgrad.InnerSolve"),
+        "damping": (lambda m: ng.HessianFree(m, LIKELIHOOD, damping="a"), "damping='a': expected a number"),
+        "line search": (lambda m: ng.HessianFree(m, LIKELIHOOD, search=True), "search=True: expected natgrad.Line"),
+        "search": (lambda m: ng.KrylovDescent(m, LIKELIHOOD, search=None), "search=None: expected natgrad.Subspace"),
+        "share": (lambda m: ng.KrylovDescent(m, LIKELIHOOD, share="all"), "share='all': expected a number"),
+        "size": (lambda m: ng.SubspaceSearch(size=2.5), "size=2.5: expected a whole number"),
+        "past": (lambda m: ng.TONGA(m, LIKELIHOOD, past=5), "past=5: expected natgrad.PastGradients"),
+        "gradients": (lambda m: ng.TONGA(m, LIKELIHOOD, gradients=2.5), "gradients=2.5: expected a whole number"),
+        "size of micro-batches": (
+            lambda m: ng.TONGA(m, LIKELIHOOD).step(*problem()[1][0], 2.5),
+            "micro_batch_size=2.5: expected a whole number",
+        ),
+    }.values(),
+)
+def test_settings_of_another_kind_are_named(make: Callable[[nn.Module], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make(problem()[0])
+
+
+@by_optimiser
 def test_states_that_do_not_fit_change_nothing(make: Any) -> None:
     model, batches = problem()
     opt = make(model, LIKELIHOOD)

@@ -35,7 +35,7 @@ class PastGradients:
     discount: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 <= self.discount < 1:
+        if not isinstance(self.rank, int) or self.rank < 1 or not 0 <= self.discount < 1:
             raise ValueError(f"{self}: expected rank >= 1 and 0 <= discount < 1")
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from natgrad.model_view import batch_size, select_rows, tensor_leaves
+from natgrad.optim.arguments import check_whole
 
 
 def micro_batches(inputs: Any, targets: Any, size: int | None) -> list[tuple[Any, Any]]:
@@ -19,8 +20,9 @@ def micro_batches(inputs: Any, targets: Any, size: int | None) -> list[tuple[Any
 
     Raises:
         ValueError: no data, lengths that differ, or a size below 1.
-        TypeError: inputs that are neither a batch nor an iterable of pairs.
+        TypeError: inputs that are neither a batch nor an iterable of pairs; a size that is no whole number.
     """
+    check_whole(micro_batch_size=size)
     if size is not None and size < 1:
         raise ValueError(f"micro_batch_size={size}: expected a positive number of examples, or None")
     if targets is None:

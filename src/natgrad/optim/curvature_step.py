@@ -12,6 +12,7 @@ from natgrad.curvature.per_example import PerExampleGradients
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward
 from natgrad.operators.gradient_moments import check_examples_apart
+from natgrad.optim.arguments import check_real
 from natgrad.optim.batches import other_batch
 from natgrad.optim.inner_solve import DiagonalPreconditioner
 from natgrad.optim.newton import Evaluated, NewtonModel
@@ -59,6 +60,7 @@ class CurvatureStepOptimizer(WholeModelOptimizer):
         forward: Forward | None,
     ) -> None:
         self._kind = curvature_name(curvature)
+        check_real(share=share, l2=l2)
         if not 0 < share <= 1:
             raise ValueError(f"share={share}: expected a number above 0 and up to 1")
         if not 0 <= l2 < math.inf:
@@ -94,6 +96,7 @@ class CurvatureStepOptimizer(WholeModelOptimizer):
         batches = self._batches(inputs, targets, micro_batch_size, closure)
         if batches is None:
             return None
+        self._check_trainable()
         ((name, pair),) = second.items()
         others = None if pair is None else other_batch(name, pair, batches[0][0], micro_batch_size)
         if self._collect is not None:

@@ -22,7 +22,7 @@ from natgrad.optim.adam_step import AdamStep
 from natgrad.optim.arguments import check_objects
 from natgrad.optim.evaluation import Evaluator
 from natgrad.optim.inverses import LayerInverses
-from natgrad.optim.layer_state import leaders, load_factors, same_keys, same_shape, save_layer
+from natgrad.optim.layer_state import leaders, load_factors, save_layer
 from natgrad.optim.layout import JointLayout
 from natgrad.optim.leading_bases import LeadingBases
 from natgrad.optim.precision import outside_autocast
@@ -292,12 +292,14 @@ class EigenAdam(WholeModelOptimizer):
         """Moments, factors, bases, counters and the random stream, in the form of every torch optimiser's state."""
         state = super().state_dict()
         state["state"] = dict(enumerate(self._tensors()))
+        return state
+
+    def _saved_numbers(self) -> dict[str, Any]:
         updates = self._running.updates
-        state["param_groups"][0] |= {
+        return super()._saved_numbers() | {
             "factor_updates": 0.0 if updates is None else float(updates),
             "failed_bases": self._bases.failures,
         }
-        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a :meth:`state_dict`, bit for bit on the same machine with the same number of threads.
@@ -327,8 +329,4 @@ class EigenAdam(WholeModelOptimizer):
         missing = [key for key in ("factor_updates", "failed_bases") if key not in numbers]
         if missing:
             raise ValueError(f"state_dict['param_groups'][0] lacks {missing}; expected the state of an EigenAdam")
-        for name, own, saved in zip(self.view.names, self._tensors(), tensors, strict=True):
-            same_keys(f"parameter {name!r}", own, saved)
-            for key, tensor in own.items():
-                same_shape(f"parameter {name!r}: {key}", tensor, saved[key])
         return numbers, tensors

@@ -16,6 +16,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.linalg import Solution, cg, geometric_indices
 from natgrad.model_view import Forward
 from natgrad.operators.damped import DampedSum
+from natgrad.optim.arguments import check_real
 from natgrad.optim.batches import share_of
 from natgrad.optim.curvature_step import Batches, CurvatureStepOptimizer
 from natgrad.optim.inner_solve import InnerSolve, LineSearch
@@ -75,6 +76,11 @@ class HessianFree(CurvatureStepOptimizer):
         seed: int = 0,
         forward: Forward | None = None,
     ) -> None:
+        check_real(damping=0.0 if damping is None else damping, start=start)
+        if not isinstance(solve, InnerSolve):
+            raise TypeError(f"solve={solve!r}: expected natgrad.InnerSolve(max_iters=30, ...)")
+        if search is not None and (isinstance(search, type) or not callable(search)):
+            raise TypeError(f"search={search!r}: expected natgrad.LineSearch() or None")
         if damping is not None and not 0 <= damping < math.inf:
             raise ValueError(f"damping={damping}: λ must be a non-negative number, or None for the first batch's")
         check_rule(rule)

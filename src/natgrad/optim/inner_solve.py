@@ -13,6 +13,7 @@ from natgrad.curvature.per_example import PerExampleGradients
 from natgrad.likelihoods import Likelihood, is_plain_sum
 from natgrad.linalg import RelativeProgress
 from natgrad.model_view import batch_size, select_rows
+from natgrad.optim.arguments import check_whole
 
 _ROWS_AT_ONCE = 512
 
@@ -38,6 +39,7 @@ class InnerSolve:
     store: float | None = 1.3
 
     def __post_init__(self) -> None:
+        check_whole(max_iters=self.max_iters)
         if self.max_iters < 1:
             raise ValueError(f"InnerSolve(max_iters={self.max_iters}): expected at least one iteration")
         for name in ("warm_start", "exponent"):
@@ -62,6 +64,7 @@ class LineSearch:
     trials: int = 20
 
     def __post_init__(self) -> None:
+        check_whole(trials=self.trials)
         if not 0 < self.shrink < 1 or not 0 <= self.slope < 1 or self.trials < 1:
             raise ValueError(f"{self}: expected 0 < shrink < 1, 0 <= slope < 1 and trials >= 1")
 

@@ -22,7 +22,7 @@ from natgrad.model_view import Forward, ModelView, batch_size
 from natgrad.operators.chain import Chain
 from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim import kfac_state
-from natgrad.optim.arguments import check_number, check_objects, seeded
+from natgrad.optim.arguments import check_number, check_objects, refuse_copy, seeded
 from natgrad.optim.attempt import Verdict, try_update
 from natgrad.optim.batches import micro_batches
 from natgrad.optim.evaluation import Evaluation, Evaluator
@@ -211,6 +211,8 @@ class KFAC(torch.optim.Optimizer):
         self._update(evaluation, finite)
         return evaluation.loss.to(self._previous.dtype)
 
+    __deepcopy__ = refuse_copy
+
     def coverage(self) -> Coverage:
         """What is treated how; ``print`` it for a table with parameter counts."""
         return self._coverage
@@ -233,9 +235,8 @@ class KFAC(torch.optim.Optimizer):
             ValueError: the state is of another model or other settings; what does not fit is named, and nothing was
                 changed.
         """
-        numbers, tensors = kfac_state.check(self, state_dict)
-        group = {key: value for key, value in numbers.items() if key in self.param_groups[0]}
-        super().load_state_dict({"state": {}, "param_groups": [group]})
+        numbers, tensors, saved = *kfac_state.check(self, state_dict), kfac_state.save_numbers(self)
+        super().load_state_dict({"state": {}, "param_groups": [{k: v for k, v in numbers.items() if k not in saved}]})
         kfac_state.load(self, numbers, tensors)
 
     def _step_without_data(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from natgrad.likelihoods import Likelihood
 from natgrad.linalg.krylov_basis import krylov_basis
 from natgrad.model_view import Forward
+from natgrad.optim.arguments import check_whole
 from natgrad.optim.batches import share_of
 from natgrad.optim.curvature_step import Batches, CurvatureStepOptimizer
 from natgrad.optim.newton import Evaluated
@@ -42,6 +43,7 @@ class SubspaceSearch:
     evaluations: int = 30
 
     def __post_init__(self) -> None:
+        check_whole(size=self.size, iterations=self.iterations, evaluations=self.evaluations)
         for name in ("size", "iterations", "evaluations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SubspaceSearch({name}={getattr(self, name)}): expected at least 1")
@@ -92,6 +94,8 @@ class KrylovDescent(CurvatureStepOptimizer):
         seed: int = 0,
         forward: Forward | None = None,
     ) -> None:
+        if not isinstance(search, SubspaceSearch):
+            raise TypeError(f"search={search!r}: expected natgrad.SubspaceSearch(size=20, ...)")
         super().__init__(
             model,
             likelihood,

@@ -59,7 +59,7 @@ def same_keys(what: str, own: Mapping[str, Any], other: Mapping[str, Any]) -> No
         parts = [f"lacks {missing}" if missing else "", f"has unknown {unknown}" if unknown else ""]
         raise ValueError(
             f"{what}: the state {' and '.join(part for part in parts if part)}; it is that of another model, or of an "
-            "optimiser with another form= of damping or structure="
+            "optimiser with other settings, such as form= of damping, structure= or momentum="
         )
 
 

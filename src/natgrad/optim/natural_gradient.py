@@ -144,6 +144,7 @@ class NaturalGradient(WholeModelOptimizer):
         batches = self._batches(inputs, targets, micro_batch_size, closure)
         if batches is None:
             return None
+        self._check_trainable()
         lr = self._learning_rate()
         metric, finite = self._metric_parts(metric_inputs, join, batches[0][0], micro_batch_size)
         buffers = self._buffers()

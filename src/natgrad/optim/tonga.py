@@ -19,6 +19,7 @@ from natgrad.curvature.per_example import PerExampleGradients
 from natgrad.likelihoods import Likelihood, is_plain_sum
 from natgrad.model_view import Forward, batch_size
 from natgrad.operators.gradient_moments import check_examples_apart
+from natgrad.optim.arguments import check_real, check_whole
 from natgrad.optim.precision import outside_autocast
 from natgrad.optim.stats import Stats
 from natgrad.optim.whole_model import WholeModelOptimizer
@@ -80,6 +81,10 @@ class TONGA(WholeModelOptimizer):
         chunk_size: int | None = None,
     ) -> None:
         check_blocks(blocks)
+        check_real(damping=1.0 if damping is None else damping, share=share, momentum=momentum)
+        check_whole(gradients=gradients, chunk_size=chunk_size)
+        if past is not None and not isinstance(past, PastGradients):
+            raise TypeError(f"past={past!r}: expected natgrad.PastGradients(rank=16, discount=0.9) or None")
         if damping is not None and not 0 < damping < math.inf:
             raise ValueError(
                 f"damping={damping}: expected a positive number or None; C has fewer gradients than parameters and no "
@@ -133,13 +138,15 @@ class TONGA(WholeModelOptimizer):
         batches = self._batches(inputs, targets, micro_batch_size, closure)
         if batches is None:
             return None
+        self._check_trainable()
         check_examples_apart(self.view, "TONGA's covariance of gradients")
         buffers = self._buffers()
         rows, nll, gradient, count = self._evaluate(batches)
         now = LowRankCovariance(rows, centered=self.centered, blocks=self.blocks)
         if len(rows) == 1 and self.centered and self.damping is None:
+            what = "inputs" if self.gradients != 1 else "gradients=1"
             raise ValueError(
-                "inputs: the gradient of one example has no covariance; use larger batches, or centered=False or a "
+                f"{what}: the gradient of one example has no covariance; use more examples, or centered=False or a "
                 "constant damping"
             )
         covariance = now if self.past is None else DiscountedCovariance(self._kept, self._weight_of_past(), now)
@@ -171,7 +178,7 @@ class TONGA(WholeModelOptimizer):
                 "trace": trace,
                 "rank": min(len(rows) - self.centered + len(self._kept), self.view.num_parameters),
                 "step_norm": torch.linalg.vector_norm(step),
-                **self._counts,
+                **{name: count.clone() for name, count in self._counts.items()},
                 "updates": self._update_number,
             }
         )

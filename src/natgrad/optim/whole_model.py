@@ -12,9 +12,9 @@ from natgrad.curvature.cotangents import validate_targets
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView
 from natgrad.operators.sandwich import check_likelihood
-from natgrad.optim.arguments import seeded
+from natgrad.optim.arguments import check_real, refuse_copy, seeded
 from natgrad.optim.batches import micro_batches
-from natgrad.optim.layer_state import same_shape, warn_of_threads
+from natgrad.optim.layer_state import same_keys, same_shape, warn_of_threads
 from natgrad.optim.select import keep_where
 from natgrad.optim.stats import Stats
 
@@ -45,6 +45,7 @@ class WholeModelOptimizer(torch.optim.Optimizer):
         self, model: nn.Module, likelihood: Likelihood, *, lr: float, seed: int, forward: Forward | None
     ) -> None:
         check_likelihood(likelihood)
+        check_real(lr=lr)
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr={lr}: expected a finite number of at least 0; it multiplies the computed step")
         self.view, self.likelihood = ModelView(model, forward), likelihood
@@ -54,6 +55,8 @@ class WholeModelOptimizer(torch.optim.Optimizer):
         self._counts: dict[str, Tensor] = {"skipped": self._scalar()}
         self._validated = False
         self.stats = Stats()
+
+    __deepcopy__ = refuse_copy
 
     def _vectors(self) -> dict[str, Float[Tensor, " P"]]:
         """The vectors of the state, in use, by name."""
@@ -88,6 +91,18 @@ class WholeModelOptimizer(torch.optim.Optimizer):
             return None
         return micro_batches(inputs, targets, size)
 
+    def _check_trainable(self) -> None:
+        """Refuse a model of which something was frozen in the meantime.
+
+        Raises:
+            ValueError: with the parameter's name.
+        """
+        frozen = [name for name, parameter in self.view.parameters.items() if not parameter.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"model: {frozen[0]} was frozen after {type(self).__name__} had been made for it; make a new optimiser"
+            )
+
     def _validate(self, z: Tensor, targets: Any) -> None:
         """Compare the first batch with what the likelihood expects, values included."""
         if not self._validated:
@@ -115,13 +130,25 @@ class WholeModelOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Vectors by parameter, numbers and the random stream, in the form of every torch optimiser's state."""
         state = super().state_dict()
-        parts = {name: self.view.to_dict(vector) for name, vector in self._vectors().items()}
         state["state"] = {
-            index: {key: part[name].detach().clone() for key, part in parts.items()}
-            for index, name in enumerate(self.view.names)
-            if parts
+            index: {key: tensor.detach().clone() for key, tensor in tensors.items()}
+            for index, tensors in enumerate(self._vector_parts())
+            if tensors
         }
-        state["param_groups"][0] |= {
+        state["param_groups"][0] |= self._saved_numbers()
+        return state
+
+    def _tensors(self) -> list[dict[str, Tensor]]:
+        """What a state holds by parameter."""
+        return self._vector_parts()
+
+    def _vector_parts(self) -> list[dict[str, Tensor]]:
+        parts = {key: self.view.to_dict(vector) for key, vector in self._vectors().items()}
+        return [{key: part[name] for key, part in parts.items()} for name in self.view.names]
+
+    def _saved_numbers(self) -> dict[str, Any]:
+        """What a state holds beside vectors and what every parameter group has."""
+        return {
             "version": _VERSION,
             "optimizer": type(self).__name__,
             "threads": torch.get_num_threads(),
@@ -129,7 +156,6 @@ class WholeModelOptimizer(torch.optim.Optimizer):
             "generator": self._generator.get_state(),
             **{name: float(value) for name, value in {**self._numbers(), **self._counts}.items()},
         }
-        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a :meth:`state_dict`, bit for bit on the same machine with the same number of threads.
@@ -138,7 +164,8 @@ class WholeModelOptimizer(torch.optim.Optimizer):
             ValueError: the state is of another model or optimiser; what does not fit is named, nothing was changed.
         """
         numbers, tensors = self._check_state(state_dict)
-        group = {key: value for key, value in numbers.items() if key in self.param_groups[0]}
+        own = self._saved_numbers()
+        group = {key: value for key, value in numbers.items() if key not in own}  # a scheduler's keys stay
         super().load_state_dict({"state": {}, "param_groups": [group]})
         warn_of_threads(numbers["threads"])
         self._update_number = int(numbers["update"])
@@ -176,12 +203,10 @@ class WholeModelOptimizer(torch.optim.Optimizer):
         if other is not None and list(other) != list(names):
             raise ValueError("state_dict: of a model whose parameters have other names")
         tensors: list[Mapping[str, Tensor]] = []
-        expected = {key: self.view.to_dict(vector) for key, vector in self._vectors().items()}
-        for index, name in zip(numbers["params"], names, strict=True):
+        for index, name, own in zip(numbers["params"], names, self._tensors(), strict=True):
             saved = state["state"].get(index, {})
-            for key, parts in expected.items():
-                if key not in saved:
-                    raise ValueError(f"state_dict['state'] lacks {key!r} of parameter {name!r}")
-                same_shape(f"parameter {name!r}: {key}", parts[name], saved[key])
+            same_keys(f"parameter {name!r}", own, saved)
+            for key, tensor in own.items():
+                same_shape(f"parameter {name!r}: {key}", tensor, saved[key])
             tensors.append(saved)
         return numbers, tensors
