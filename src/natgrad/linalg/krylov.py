@@ -4,6 +4,7 @@ A solver works on one flat tensor. A right-hand side may be a tensor of any shap
 its entries) or a dict of tensors; the matrix sees vectors in the same form, and the solution comes back in it.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -183,7 +184,8 @@ def geometric_indices(max_iters: int, factor: float = 1.3) -> tuple[int, ...]:
 class System:
     """``A x = b`` on flat tensors: checks what arrives, and converts forms.
 
-    Every vector is detached where it comes in, so that nothing of the solve is recorded for differentiation.
+    Every vector is detached where it comes in, so that nothing of the solve is recorded for differentiation. Vectors of
+    half precision are kept in single precision; the matrix and the preconditioner see those of b's, as do callers.
 
     Args:
         matrix: a callable on vectors in the form of b, or anything with ``@``.
@@ -208,6 +210,8 @@ class System:
         self.b = self._flat(b, "b").detach()
         if not self.b.is_floating_point():
             raise TypeError(f"b: expected real floating-point numbers, got {self.b.dtype}; use b.float()")
+        self._dtype = self.b.dtype
+        self.b = self.b.to(torch.promote_types(self._dtype, torch.float32))
         self.x0 = None if x0 is None else self._flat(x0, "x0").detach().to(self.b)
         self.store = frozenset(store)
         self._matrix = _product("matvec", matrix)
@@ -218,6 +222,12 @@ class System:
         """Whether there is a preconditioner."""
         return self._preconditioner is not None
 
+    def with_start(self, b: Float[Tensor, " n"], x0: Float[Tensor, " n"] | None) -> "System":
+        """The same matrix with another right-hand side and another start."""
+        other = copy.copy(self)
+        other.b, other.x0 = b, x0
+        return other
+
     def product(self, v: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """``A v``; may share memory with v, so nobody writes into it."""
         return self._apply(self._matrix, v, "matvec(v)")
@@ -227,7 +237,8 @@ class System:
         return r if self._preconditioner is None else self._apply(self._preconditioner, r, "preconditioner(r)")
 
     def unflatten(self, v: Float[Tensor, " n"]) -> Any:
-        """A flat vector in the form of b."""
+        """A flat vector in the form and precision of b."""
+        v = v.to(self._dtype)
         if isinstance(self.form, torch.Size):
             return v.reshape(self.form)
         sizes = [shape.numel() for shape in self.form.values()]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from natgrad.linalg.krylov import Progress, Solution, StoppingRule, System, Vector, all_rules
 from natgrad.linalg.minres_vectors import MinresVectors
+from natgrad.linalg.scale import least_square, solve_rescaled
 
 
 def minres_qlp(
@@ -59,13 +60,19 @@ def minres_qlp(
     """
     rules = all_rules(tol, stop)
     system = System(matvec, b, max_iters, preconditioner, x0, store)
-    run = _Run(system, rules, tol, max_condition)
-    reason = run.begin()
-    while reason is None and run.k < max_iters:
-        reason = run.iterate()
-    return run.solution(reason or "max_iters")
+
+    def solve(system: System, rules: Sequence[StoppingRule], least: float = 0.0) -> Solution:
+        run = _Run(system, rules, tol, max_condition)
+        reason = run.begin(least)
+        while reason is None and run.k < max_iters:
+            reason = run.iterate()
+        return run.solution(reason or "max_iters")
+
+    solution = solve(system, rules, least_square(system.b.dtype))
+    return solution if solution.reason != _OUT_OF_RANGE else solve_rescaled(system, rules, solve)
 
 
+_OUT_OF_RANGE = "out_of_range"
 # What is smaller than so many times the resolution, relative to ‖A‖, is rounding.
 _NOISE = 100.0
 
@@ -75,7 +82,7 @@ class _Run:
 
     def __init__(self, system: System, rules: Sequence[StoppingRule], tol: float, max_condition: float | None) -> None:
         self.system, self.rules, self.tol = system, rules, tol
-        self.eps = torch.finfo(system.b.dtype).eps
+        self.eps, self.least = torch.finfo(system.b.dtype).eps, least_square(system.b.dtype)
         self.max_condition = 0.1 / self.eps if max_condition is None else max_condition
         self.k = 0
         self.needs_model = any(rule.needs_model for rule in rules)
@@ -84,14 +91,16 @@ class _Run:
         self.dropped = False
         self.vectors = MinresVectors(system)
 
-    def begin(self) -> str | None:
-        """The first Lanczos vector; a reason where there is nothing to do."""
+    def begin(self, least: float) -> str | None:
+        """The first Lanczos vector; a reason where there is nothing to do, or the square of ‖b‖ not above ``least``."""
         self.rhs_norm, self.residual_norm, squared = self.vectors.first_numbers().tolist()
         self.scalars = _Scalars(math.sqrt(max(squared, 0.0)) if self.system.preconditioned else self.residual_norm)
         if self.needs_model:
             self._append_model_value()
         if 0 in self.system.store:
             self.kept[0] = self.vectors.x(self.scalars)
+        if least and not least < self.rhs_norm**2 < 1 / least:
+            return _OUT_OF_RANGE
         if not all(map(math.isfinite, (self.rhs_norm, self.residual_norm, squared))):
             return "non_finite"
         if self.rhs_norm == 0:
@@ -107,6 +116,8 @@ class _Run:
         """One Lanczos step, the rotations and the update of the solution; why to stop, or None."""
         s, beta = self.scalars, self.scalars.beta
         numbers = self.vectors.step(beta).tolist()
+        if not self._exact(numbers):
+            numbers = [numbers[0], *self.vectors.wide_numbers().tolist()]
         if not all(map(math.isfinite, numbers)):
             return "non_finite"
         alpha, size, *inner = numbers
@@ -189,6 +200,12 @@ class _Run:
     def x(self) -> Float[Tensor, " n"]:
         """The present iterate; it is only formed when somebody wants it."""
         return self.vectors.x(self.scalars)
+
+    def _exact(self, numbers: list[float]) -> bool:
+        """Whether no square in them is too small or too large for the precision."""
+        _, size, *inner = numbers
+        squares = (size, inner[0], inner[2]) if inner else (size * size,)
+        return all(self.least < square < math.inf for square in squares)
 
     def _residual_norm(self, inner: list[float], ended: bool) -> float:
         s = self.scalars

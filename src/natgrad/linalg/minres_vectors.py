@@ -92,6 +92,15 @@ class MinresVectors:
         r = self._r
         return torch.stack((alpha, torch.dot(y, z), torch.dot(r, r), torch.dot(r, y), torch.dot(y, y)))
 
+    def wide_numbers(self) -> Float[Tensor, " numbers"]:
+        """What the last :meth:`step` returned but for α_k, in double precision where the device has it."""
+        real = torch.float64 if self._new.device.type != "mps" else torch.float32
+        y = self._new.to(real)
+        if self._r is None:
+            return torch.linalg.vector_norm(y)[None]
+        z, r = self._new_z.to(real), self._r.to(real)
+        return torch.stack((torch.dot(y, z), torch.dot(r, r), torch.dot(r, y), torch.dot(y, y)))
+
     def take(self, factors: Factors, ended: bool) -> None:
         """``W_k = V_k P_k``: the last three columns change, the third last is final and enters x; and the residual.
 
