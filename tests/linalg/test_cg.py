@@ -248,3 +248,12 @@ def test_bad_arguments_are_named(solver):
         solver(A, [1.0, 2.0])
     with pytest.raises(TypeError, match=r"matvec\(v\): expected a tensor"):
         solver(lambda v: None, b)
+    with pytest.raises(ValueError, match=r"matvec: expected a matrix of shape \[4, 4\] .*float64.*; got \[3, 3\]"):
+        solver(A[:3, :3], b)
+    with pytest.raises(ValueError, match=r"preconditioner: expected a matrix .*float64.*; got \[4, 4\], torch.float32"):
+        solver(A, b, preconditioner=A.float())
+    with pytest.raises(ValueError, match=r"matvec: a matrix multiplies vectors; b is \{'v': \[4\]\}: pass a function"):
+        solver(A, {"v": b})
+    with pytest.raises(TypeError, match="stop=.*expected a rule such as natgrad.linalg.RelativeProgress"):
+        solver(A, b, stop=lambda progress: True)
+    assert solver(A, b[:, None], tol=1e-9).x.shape == (4, 1)

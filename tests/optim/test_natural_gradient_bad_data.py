@@ -17,12 +17,30 @@ import natgrad as ng
         ({"lr": -0.1}, ValueError, "lr=-0.1"),
         ({"ratio": "cubic"}, ValueError, "ratio='cubic': expected one of 'quadratic'"),
         ({"parametrization": "natural"}, ValueError, "parametrization='natural'"),
+        ({"damping": "much"}, TypeError, "damping='much': expected a number"),
+        ({"l2": None}, TypeError, "l2=None: expected a number"),
         ({"preconditioner": 3}, TypeError, "preconditioner: expected a structure"),
+        ({"preconditioner": "kfac"}, ValueError, "structure='kfac': expected one of 'full', 'block_diagonal'"),
     ],
 )
 def test_settings(settings, error, message) -> None:
     with pytest.raises(error, match=message):
         ng.NaturalGradient(mlp(4, 5, 3), ng.Gaussian(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ng.KrylovSolver(max_iters=2.5), TypeError, "max_iters=2.5: expected a whole number"),
+        (lambda: ng.KrylovSolver(tol="fine"), TypeError, "tol='fine': expected a number"),
+        (lambda: ng.KrylovSolver(stop=3), TypeError, "stop=3: expected a rule"),
+        (lambda: ng.KroneckerPreconditioner(rows=0), ValueError, "rows=0: expected a positive number of examples"),
+        (lambda: ng.KroneckerPreconditioner(rows=0.5), TypeError, "rows=0.5: expected a whole number"),
+    ],
+)
+def test_settings_of_the_solver(make, error, message) -> None:
+    with pytest.raises(error, match=message):
+        make()
 
 
 def test_a_loss_without_a_metric() -> None:
@@ -55,6 +73,7 @@ def test_a_loss_without_a_metric() -> None:
         (lambda x: x[:0], "metric_inputs: the batch is empty"),
         (lambda x: (x, x), r"metric_inputs: \[12, 4\] torch.float64 and \[12, 4\]"),
         (lambda x: "words", "metric_inputs: expected a tensor"),
+        (lambda x: [(x,)], "metric_inputs: .*must be Tensor, not list"),
         (lambda x: {"pixels": x}, "metric_inputs: a dict of 'pixels'; expected what inputs are, no dict"),
     ],
 )

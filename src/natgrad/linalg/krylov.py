@@ -214,6 +214,9 @@ class System:
         self.b = self.b.to(torch.promote_types(self._dtype, torch.float32))
         self.x0 = None if x0 is None else self._flat(x0, "x0").detach().to(self.b)
         self.store = frozenset(store)
+        for name, operator in (("matvec", matrix), ("preconditioner", preconditioner)):
+            if isinstance(operator, Tensor) and operator.ndim == 2:
+                self._check_matrix(name, operator)
         self._matrix = _product("matvec", matrix)
         self._preconditioner = None if preconditioner is None else _product("preconditioner", preconditioner)
 
@@ -247,6 +250,16 @@ class System:
     def _apply(self, function: Callable[[Any], Any], v: Tensor, name: str) -> Tensor:
         return self._flat(function(self.unflatten(v)), name).detach().to(self.b.dtype)
 
+    def _check_matrix(self, name: str, matrix: Tensor) -> None:
+        if not isinstance(self.form, torch.Size) or not self.form:
+            raise ValueError(f"{name}: a matrix multiplies vectors; b is {_described(self.form)}: pass a function")
+        rows = self.form[max(len(self.form) - 2, 0)]
+        if matrix.shape != (rows, rows) or matrix.dtype != self._dtype:
+            raise ValueError(
+                f"{name}: expected a matrix of shape {[rows, rows]} and dtype {self._dtype}, for b has "
+                f"{_described(self.form)}; got {list(matrix.shape)}, {matrix.dtype}"
+            )
+
     def _flat(self, v: Any, name: str) -> Tensor:
         form = _form(v, name)
         if form != self.form:
@@ -279,5 +292,16 @@ def _product(name: str, operator: Any) -> Callable[[Any], Any]:
 
 
 def all_rules(tol: float, stop: StoppingRule | Sequence[StoppingRule]) -> tuple[StoppingRule, ...]:
-    """The rule of ``tol`` and those asked for beside it."""
-    return (RelativeResidual(tol), *(stop if isinstance(stop, Sequence) else (stop,)))
+    """The rule of ``tol`` and those asked for beside it.
+
+    Raises:
+        TypeError: one is no rule.
+    """
+    others = stop if isinstance(stop, Sequence) else (stop,)
+    for rule in others:
+        if not (callable(rule) and hasattr(rule, "name") and hasattr(rule, "needs_model")):
+            raise TypeError(
+                f"stop={rule!r}: expected a rule such as natgrad.linalg.RelativeProgress(), called with the progress, "
+                "with a name and needs_model; or a sequence of such"
+            )
+    return (RelativeResidual(tol), *others)

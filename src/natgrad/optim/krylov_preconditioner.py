@@ -6,9 +6,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from natgrad.curvature.fisher import kronecker_fisher
+from natgrad.curvature.fisher import STRUCTURES, kronecker_fisher
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import ModelView, batch_size, select_rows
+from natgrad.optim.arguments import check_whole
 
 
 class SolverPreconditioner(Protocol):
@@ -46,6 +47,10 @@ class KroneckerPreconditioner:
         expectation: over targets, as there.
         rows: at most so many examples, chosen at random, enter the factors.
         uncovered: what stands for parameters without a factor.
+
+    Raises:
+        ValueError: an unknown structure, or no rows.
+        TypeError: rows that are no whole number.
     """
 
     structure: str = "block_diagonal"
@@ -53,6 +58,13 @@ class KroneckerPreconditioner:
     expectation: Any = "sampled"
     rows: int | None = None
     uncovered: Any = "diagonal"
+
+    def __post_init__(self) -> None:
+        check_whole(rows=self.rows)
+        if self.structure not in STRUCTURES:
+            raise ValueError(f"structure={self.structure!r}: expected one of {', '.join(map(repr, STRUCTURES))}")
+        if self.rows is not None and self.rows < 1:
+            raise ValueError(f"rows={self.rows}: expected a positive number of examples, or None for all")
 
     def __call__(
         self,

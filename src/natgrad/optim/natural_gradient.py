@@ -12,6 +12,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.linalg import Solution
 from natgrad.model_view import Forward, batch_size, select_rows
 from natgrad.operators.damped import DampedSum
+from natgrad.optim.arguments import check_real
 from natgrad.optim.batches import check_same_form
 from natgrad.optim.krylov_preconditioner import KroneckerPreconditioner, SolverPreconditioner
 from natgrad.optim.newton import Evaluated, KrylovSolver, NewtonModel, Part
@@ -82,6 +83,7 @@ class NaturalGradient(WholeModelOptimizer):
         seed: int = 0,
         forward: Forward | None = None,
     ) -> None:
+        check_real(damping=damping, l2=l2)
         for name, value in (("damping", damping), ("l2", l2)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value}: expected a finite number of at least 0")
@@ -231,7 +233,7 @@ class NaturalGradient(WholeModelOptimizer):
             )
         except torch.OutOfMemoryError:
             raise
-        except (ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"metric_inputs: {error}") from error
 
     def _made_preconditioner(self, part: Part) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from natgrad.likelihoods import Likelihood, is_plain_sum
 from natgrad.linalg import Solution, StoppingRule, cg, minres_qlp
+from natgrad.linalg.krylov import all_rules
 from natgrad.model_view import ModelView
 from natgrad.operators.autodiff import Fisher, GaussNewton
 from natgrad.operators.base import LinearOperator
@@ -22,6 +23,7 @@ from natgrad.operators.chain import Chain
 from natgrad.operators.chain_products import linearize
 from natgrad.operators.damped import DampedSum
 from natgrad.operators.jacobian_products import JacobianProducts
+from natgrad.optim.arguments import check_real, check_whole
 from natgrad.replay import Replay
 
 CurvatureName = Literal["fisher", "gauss_newton"]
@@ -46,6 +48,9 @@ class KrylovSolver:
     def __post_init__(self) -> None:
         if self.name not in ("minres_qlp", "cg"):
             raise ValueError(f"solver={self.name!r}: expected 'minres_qlp' or 'cg'")
+        check_real(tol=self.tol)
+        check_whole(max_iters=self.max_iters)
+        all_rules(self.tol, self.stop)
         if not self.tol >= 0 or self.max_iters < 1:
             raise ValueError(f"{self}: expected tol >= 0 and max_iters >= 1")
 
