@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from natgrad.damping_rules import GreedyGamma, LevenbergMarquardt
-from natgrad.quadratic import Subspace, best_coefficients, best_step, reduction_ratio
+from natgrad.quadratic import Subspace, best_coefficients, best_step, reduction_ratio, rounding_of
 
 
 def _problem(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -43,6 +43,21 @@ def test_one_dimension_when_the_previous_update_adds_none(second: str) -> None:
 def test_negative_curvature_gives_no_step() -> None:
     model = Subspace(torch.tensor([1.0]), torch.tensor([[-2.0]]))
     assert best_step(model) == 0
+
+
+def test_reduction_ratio_of_rounding_errors_moves_no_rule() -> None:
+    h = torch.tensor(2.0, dtype=torch.float64)
+    noise = rounding_of(h, torch.float32)
+    assert noise.item() == pytest.approx(10 * 2.0 * 2**-23)
+    cases = [
+        (-1e-7, -2e-6, 0.0, 0.5),  # both below the noise
+        (-1e-7, -2e-6, 0.9, 1.0),  # λ alone made the step so short
+        (-1e-5, -2e-5, 0.9, 0.5),  # the ratio itself
+        (1e-5, -1e-6, 0.9, -10.0),  # what was foretold is below the noise, what came is not
+    ]
+    for actual, predicted, damped, expected in cases:
+        found = reduction_ratio(h.new_tensor(actual), h.new_tensor(predicted), noise, h.new_tensor(damped))
+        assert found.item() == pytest.approx(expected)
 
 
 def test_reduction_ratio_of_an_overflow_is_minus_infinity() -> None:

@@ -102,10 +102,33 @@ def part_coefficients(model: Subspace, ridge: float, least: float) -> Float[Tens
     return torch.where(telling, found, found.sum() / telling.sum())
 
 
-def reduction_ratio(actual: Float[Tensor, ""], predicted: Float[Tensor, ""]) -> Float[Tensor, ""]:
+def rounding_of(h: Float[Tensor, ""], dtype: torch.dtype) -> Float[Tensor, ""]:
+    """What changes of h that were computed in a dtype cannot be told from.
+
+    Args:
+        h: where the change starts.
+        dtype: of the parameters.
+    """
+    return 10 * torch.finfo(dtype).eps * h.abs()
+
+
+def reduction_ratio(
+    actual: Float[Tensor, ""],
+    predicted: Float[Tensor, ""],
+    noise: Float[Tensor, ""] | float = 0.0,
+    damped: Float[Tensor, ""] | float = 0.0,
+) -> Float[Tensor, ""]:
     """``ρ = (h(θ+δ) − h(θ)) / (M(δ) − M(0))`` [KFAC, sec. 6.5]: both on the same data and both with the l2 term.
 
     An actual change that is not finite gives −∞: the step overflowed.
+
+    Args:
+        actual: the numerator.
+        predicted: the denominator.
+        noise: where both are smaller, the ratio is one of rounding errors and says nothing: it is then ½, at which no
+            rule moves λ (else it would grow for ever once h has converged), or 1 where λ alone makes δ so short.
+        damped: the share of λ in ``δᵀ (F + (λ + η) I) δ``.
     """
-    ratio = actual / predicted
+    nothing = torch.where(torch.as_tensor(damped) > 0.5, 1.0, 0.5)
+    ratio = torch.where(torch.maximum(actual.abs(), predicted.abs()) < noise, nothing, actual / predicted)
     return torch.where(torch.isfinite(actual), ratio, torch.full_like(ratio, -torch.inf))

@@ -11,7 +11,7 @@ from natgrad.optim.evaluation import Evaluation
 from natgrad.optim.local_model import LocalModel, mean_nll
 from natgrad.optim.select import keep_where, reads_for_free
 from natgrad.optim.settings import StepGuard
-from natgrad.quadratic import Subspace, reduction_ratio
+from natgrad.quadratic import Subspace, reduction_ratio, rounding_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def try_update(
     coefficients: Float[Tensor, " k"],
     guard: StepGuard | None,
     finite: Bool[Tensor, ""],
+    lam: Float[Tensor, ""],
 ) -> Verdict:
     """Move the parameters by an update, by a part of it, or not at all.
 
@@ -56,6 +57,7 @@ def try_update(
         coefficients: of δ in it.
         guard: None accepts whatever leaves h finite.
         finite: False takes every update back.
+        lam: λ, the part of the damping in M that a rule moves.
     """
     parameters: list[Tensor] = list(local.view.parameters.values())
     old = list(local.layout.parameters(scratch).values())
@@ -72,7 +74,9 @@ def try_update(
 
     norm = model.norm(coefficients)
     actual, held = rise()
-    rho = reduction_ratio(actual, model.change(coefficients))
+    noise = rounding_of(before, local.view.dtype)
+    damped = lam * norm**2 / (coefficients @ model.curvature @ coefficients)
+    rho = reduction_ratio(actual, model.change(coefficients), noise, damped)
     whole = finite & torch.isfinite(actual)
     worst = torch.fmax(actual, held)
     if guard is None:
@@ -84,7 +88,7 @@ def try_update(
             torch._foreach_copy_(parameters, old)
             update.mul_(share.to(update.dtype))
             again, held = rise()
-            ratio = reduction_ratio(again, model.change(share * coefficients))
+            ratio = reduction_ratio(again, model.change(share * coefficients), noise, damped)
             second = finite & torch.isfinite(again) & guard.accepts(ratio, held_before, held)
             accepted, norm = whole | second, share * norm
     _keep(parameters, old, accepted)

@@ -23,7 +23,7 @@ from natgrad.optim.inner_solve import InnerSolve, LineSearch
 from natgrad.optim.newton import Evaluated
 from natgrad.optim.objective import Curvature, Objective
 from natgrad.optim.precision import outside_autocast
-from natgrad.quadratic import reduction_ratio
+from natgrad.quadratic import reduction_ratio, rounding_of
 
 
 class HessianFree(CurvatureStepOptimizer):
@@ -150,8 +150,11 @@ class HessianFree(CurvatureStepOptimizer):
         taken, after = self._best_iterate(objective, solution)
         step = solution.iterates[taken] if solution.iterates else solution.x
         # M(δ) − M(0) of the iterate that was taken is known from the solver's own recurrence
-        rho = reduction_ratio(after - before, solution.model_values[taken].to(after.dtype))
-        slope = float(torch.dot(gradient, step))
+        predicted = solution.model_values[taken].to(after.dtype)
+        slope = torch.dot(gradient, step)
+        damped = self._lam * torch.dot(step, step) / (2 * (predicted - slope))
+        rho = reduction_ratio(after - before, predicted, rounding_of(before, self.view.dtype), damped)
+        slope = float(slope)
         alpha, reached = 1.0, float(after)
         usable = solution.reason not in ("non_finite", "indefinite_preconditioner") and slope < 0
         if usable and self.search is not None:

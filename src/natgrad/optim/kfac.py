@@ -313,7 +313,7 @@ class KFAC(torch.optim.Optimizer):
             products = self.layout.inner_products([evaluation.gradient, *directions], directions)
             _, rows_model = self.local.subspaces(evaluation.tapes, products, directions, damping)
         verdict = try_update(
-            self.local, evaluation, self._previous, proposal, rows_model, coefficients, self.guard, finite
+            self.local, evaluation, self._previous, proposal, rows_model, coefficients, self.guard, finite, self._lam
         )
         lam = self._damping_after(verdict, rows_model, coefficients)
         self._lam = torch.where(finite, lam, self._lam)

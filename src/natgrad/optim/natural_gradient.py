@@ -19,7 +19,7 @@ from natgrad.optim.newton import Evaluated, KrylovSolver, NewtonModel, Part
 from natgrad.optim.precision import outside_autocast
 from natgrad.optim.stats import Stats
 from natgrad.optim.whole_model import WholeModelOptimizer
-from natgrad.quadratic import reduction_ratio
+from natgrad.quadratic import reduction_ratio, rounding_of
 
 Ratio = Literal["quadratic", "linear", "published"]
 Space = Literal["logits", "probabilities"]
@@ -182,16 +182,18 @@ class NaturalGradient(WholeModelOptimizer):
         if self.rule is None and not self.guard:
             return torch.ones_like(batch.finite), self._scalar(math.nan), self._lam
         slope = torch.dot(batch.gradient, step).double()
+        # without a product: (G + damping I) x = gradient − residual
+        curvature = -torch.dot(step, batch.gradient - solution.residual).double()
         if self.ratio == "quadratic":
-            # without a product: (G + damping I) x = gradient − residual
-            predicted = lr * slope - 0.5 * lr**2 * torch.dot(step, batch.gradient - solution.residual).double()
+            predicted = lr * slope + 0.5 * lr**2 * curvature
         else:
             predicted = lr * slope * (1 - lr / 2 if self.ratio == "linear" else 1)
         actual = self._newton.loss_at(lr * step, batch.parts) - batch.loss
         if theta is not None:  # η/2 (‖θ + δ‖² − ‖θ‖²)
             delta = lr * step
             actual = actual + self.l2 * torch.dot(delta, theta + 0.5 * delta).double()
-        rho = reduction_ratio(actual, predicted)
+        damped = self._lam * torch.dot(step, step) / curvature
+        rho = reduction_ratio(actual, predicted, rounding_of(batch.loss, self.view.dtype), damped)
         accepted = torch.isfinite(actual)
         if self.guard:
             accepted = accepted & (actual <= _ROUNDING * batch.loss.abs())
