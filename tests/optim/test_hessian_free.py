@@ -233,6 +233,28 @@ def test_the_first_damping_is_a_share_of_the_curvature_along_the_gradient() -> N
     assert opt.stats["lambda"] == pytest.approx(float(0.2 * (g @ G @ g) / (g @ g)))
 
 
+@pytest.mark.parametrize("exponent", [0.0, 0.75])
+def test_a_first_batch_that_overflows_leaves_the_first_damping_to_the_next(exponent: float) -> None:
+    """λ became infinite or arbitrary, and stayed so: curvature_batch not a number, and a product beyond float32."""
+    x, y = (t.float() for t in data(ng.Gaussian(), 4, 3))
+    for bad in (math.nan, 1e25):
+        model = mlp(4, 3).float()
+        opt = ng.HessianFree(model, ng.Gaussian(), rule=None, solve=ng.InnerSolve(exponent=exponent))
+        opt.step(x, y, curvature_batch=(bad * x, y))
+        assert not opt.stats["accepted"] and math.isnan(opt.stats["lambda"])
+        g = gradient_of(model, ng.Gaussian(), x, y)
+        G = ng.GaussNewton(model, ng.Gaussian(), x, y)
+        opt.step(x, y)
+        assert opt.stats["accepted"]
+        assert opt.stats["lambda"] == pytest.approx(float(0.1 * torch.dot(g, G @ g) / torch.dot(g, g)), rel=1e-5)
+    model = mlp(4, 3).float()
+    opt = ng.HessianFree(model, ng.Gaussian(), solve=ng.InnerSolve(exponent=exponent))
+    outlier = x.clone()
+    outlier[0] *= 1e9  # a gradient whose product with G is finite, but not its square
+    opt.step(outlier, y)
+    assert math.isfinite(opt.stats["lambda"])
+
+
 def test_the_curvature_of_another_batch_and_of_some_examples() -> None:
     likelihood = ng.Bernoulli()
     model, (x, y) = mlp(4, 3, 3), data(likelihood, 4, 3)

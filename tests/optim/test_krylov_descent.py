@@ -89,6 +89,22 @@ def test_on_a_quadratic_it_takes_conjugate_gradients_minimiser_over_the_subspace
     assert opt.stats["dimension"] == size
 
 
+@pytest.mark.parametrize("exponent", [0.0, 1.0])
+@pytest.mark.parametrize("scale", [1e-4, 1e-9, 1e-30])
+def test_the_step_goes_with_the_scale_of_the_targets(scale: float, exponent: float) -> None:
+    """The tolerances of L-BFGS are absolute: targets of 1e-8 moved nothing."""
+    x, y = data(ng.Gaussian(), 4, 3)
+    steps = []
+    for factor in (1.0, scale):
+        model = mlp(4, 3)
+        nn.init.zeros_(model[0].weight), nn.init.zeros_(model[0].bias)
+        opt = ng.KrylovDescent(model, ng.Gaussian(), search=SubspaceSearch(size=6, exponent=exponent))
+        opt.step(x[:8], factor * y[:8], search_batch=(x[4:], factor * y[4:]))
+        steps.append(vector(model) / factor)
+    assert torch.linalg.vector_norm(steps[0]) > 0.1
+    torch.testing.assert_close(steps[1], steps[0], rtol=1e-5, atol=1e-5)
+
+
 def test_the_step_before_is_part_of_the_subspace() -> None:
     model, (x, y) = mlp(4, 3), data(ng.Gaussian(), 4, 3)
     search = SubspaceSearch(size=1, exponent=0.0, **EXACT)

@@ -70,6 +70,7 @@ def test_other_batches_that_do_not_fit(argument: str, name: str) -> None:
         ((x, y[:5]), ValueError, f"{argument}: targets: 5 examples for 12 inputs"),
         (x, TypeError, rf"{argument}: expected a pair \(inputs, targets\), got Tensor"),
         ((x, None), TypeError, rf"{argument}: expected a pair"),
+        ((x, y[:, :2]), ValueError, rf"{argument}: targets: .*\(12, 3\).*\(12, 2\)"),
     ]
     for batch, error, message in cases:
         with pytest.raises(error, match=message):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +16,25 @@ from natgrad.operators.gradient_moments import check_examples_apart
 from natgrad.optim.arguments import check_real
 from natgrad.optim.batches import other_batch
 from natgrad.optim.inner_solve import DiagonalPreconditioner
-from natgrad.optim.newton import Evaluated, NewtonModel
+from natgrad.optim.newton import Evaluated, NewtonModel, Part
 from natgrad.optim.objective import Curvature, Objective, curvature_name
 from natgrad.optim.stats import Stats
 from natgrad.optim.whole_model import WholeModelOptimizer
 
 Batches = list[tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class OtherBatch:
+    """A batch beside that of the gradient, evaluated.
+
+    Args:
+        batches: its (inputs, targets) micro-batches.
+        parts: the same, evaluated.
+    """
+
+    batches: Batches
+    parts: list[Part]
 
 
 class CurvatureStepOptimizer(WholeModelOptimizer):
@@ -77,7 +91,7 @@ class CurvatureStepOptimizer(WholeModelOptimizer):
         return {"previous": self._previous}
 
     def _update(
-        self, objective: Objective, batch: Evaluated, batches: Batches, second: Batches | None
+        self, objective: Objective, batch: Evaluated, batches: Batches, second: OtherBatch | None
     ) -> dict[str, Any]:
         """From the gradient to new parameters; returns what there is to report.
 
@@ -85,7 +99,7 @@ class CurvatureStepOptimizer(WholeModelOptimizer):
             objective: h on the batch.
             batch: the batch, evaluated; its gradient, which is not zero, holds the l2 term.
             batches: its micro-batches.
-            second: those of the other batch that the caller gave.
+            second: the other batch that the caller gave.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement _update")
 
@@ -98,7 +112,7 @@ class CurvatureStepOptimizer(WholeModelOptimizer):
             return None
         self._check_trainable()
         ((name, pair),) = second.items()
-        others = None if pair is None else other_batch(name, pair, batches[0][0], micro_batch_size)
+        others = None if pair is None else self._other(name, pair, batches[0][0], micro_batch_size)
         if self._collect is not None:
             check_examples_apart(self.view, f"the preconditioner of single gradients ({self._without} does without)")
         buffers = self._buffers()
@@ -114,6 +128,16 @@ class CurvatureStepOptimizer(WholeModelOptimizer):
         numbers = {name: value.clone() for name, value in {**self._numbers(), **self._counts}.items()}
         self.stats = Stats({**report, **numbers, "updates": self._update_number})
         return batch.loss.to(self.view.dtype)
+
+    def _other(self, name: str, pair: Any, inputs: Any, size: int | None) -> OtherBatch:
+        """The other batch, before anything of the optimiser or the model has moved; what is wrong with it is named."""
+        batches = other_batch(name, pair, inputs, size)
+        try:
+            return OtherBatch(batches, self._newton.parts(batches))
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def _diagonal_preconditioner(
         self, batches: Batches, damping: Callable[[Float[Tensor, ""]], Float[Tensor, ""]]

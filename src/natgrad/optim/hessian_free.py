@@ -18,9 +18,9 @@ from natgrad.model_view import Forward
 from natgrad.operators.damped import DampedSum
 from natgrad.optim.arguments import check_real
 from natgrad.optim.batches import share_of
-from natgrad.optim.curvature_step import Batches, CurvatureStepOptimizer
+from natgrad.optim.curvature_step import Batches, CurvatureStepOptimizer, OtherBatch
 from natgrad.optim.inner_solve import InnerSolve, LineSearch
-from natgrad.optim.newton import Evaluated
+from natgrad.optim.newton import Evaluated, Part
 from natgrad.optim.objective import Curvature, Objective
 from natgrad.optim.precision import outside_autocast
 from natgrad.quadratic import reduction_ratio, rounding_of
@@ -136,15 +136,16 @@ class HessianFree(CurvatureStepOptimizer):
         return self._evaluate_and_update(inputs, targets, micro_batch_size, closure, curvature_batch=curvature_batch)
 
     def _update(
-        self, objective: Objective, batch: Evaluated, batches: Batches, second: Batches | None
+        self, objective: Objective, batch: Evaluated, batches: Batches, second: OtherBatch | None
     ) -> dict[str, Any]:
         gradient, before = batch.gradient, batch.loss + objective.penalty()
-        chosen = second or share_of(batches, self.share, self._generator)[0]
-        parts = batch.parts if second is None and self.share == 1 else self._newton.parts(chosen)
+        if second is not None:
+            chosen, parts = second.batches, second.parts
+        else:
+            chosen = share_of(batches, self.share, self._generator)[0]
+            parts = batch.parts if self.share == 1 else self._newton.parts(chosen)
         if self._lam.isnan():
-            undamped = self._newton.curvature(parts, 0.0, self._kind)
-            along = torch.dot(gradient, undamped @ gradient) / torch.dot(gradient, gradient)
-            self._lam.copy_(torch.where(along > 0, self.start * along, 1.0))
+            self._lam.copy_(self._first_damping(parts, gradient))
         damped = self._newton.curvature(parts, self._lam + self.l2, self._kind)
         solution = self._solved(damped, gradient, chosen)
         taken, after = self._best_iterate(objective, solution)
@@ -179,6 +180,13 @@ class HessianFree(CurvatureStepOptimizer):
             "step_norm": torch.linalg.vector_norm(step) * alpha if accepted else 0.0,
             "accepted": accepted,
         }
+
+    def _first_damping(self, parts: list[Part], gradient: Float[Tensor, " P"]) -> Float[Tensor, ""]:
+        """``start`` times the curvature along the gradient; NaN, for the next batch to tell, where it is not finite."""
+        along = gradient / gradient.abs().max()  # a gradient may be too large to be squared
+        along = along / torch.linalg.vector_norm(along)
+        found = torch.dot(along, self._newton.curvature(parts, 0.0, self._kind) @ along)
+        return torch.where(torch.isfinite(found), torch.where(found > 0, self.start * found, 1.0), torch.nan)
 
     def _solved(self, damped: DampedSum, gradient: Float[Tensor, " P"], chosen: Batches) -> Solution:
         """The solver's answer to ``(G + (λ + η) I) δ = −∇h``."""

@@ -17,7 +17,7 @@ from natgrad.linalg.krylov_basis import krylov_basis
 from natgrad.model_view import Forward
 from natgrad.optim.arguments import check_whole
 from natgrad.optim.batches import share_of
-from natgrad.optim.curvature_step import Batches, CurvatureStepOptimizer
+from natgrad.optim.curvature_step import Batches, CurvatureStepOptimizer, OtherBatch
 from natgrad.optim.newton import Evaluated
 from natgrad.optim.objective import Curvature, Objective
 from natgrad.optim.precision import outside_autocast
@@ -142,7 +142,7 @@ class KrylovDescent(CurvatureStepOptimizer):
         return self._evaluate_and_update(inputs, targets, micro_batch_size, closure, search_batch=search_batch)
 
     def _update(
-        self, objective: Objective, batch: Evaluated, batches: Batches, second: Batches | None
+        self, objective: Objective, batch: Evaluated, batches: Batches, second: OtherBatch | None
     ) -> dict[str, Any]:
         gradient = batch.gradient
         chosen, others = share_of(batches, self.share, self._generator)
@@ -161,8 +161,8 @@ class KrylovDescent(CurvatureStepOptimizer):
             self._previous.zero_()
             return {"reason": "non_finite_products", "dimension": 0, "evaluations": 0, "reduction": 0.0}
         directions = basis.whitened(settings.floor)
-        if second or others:
-            objective = Objective(self._newton, self._newton.parts(second or others), self.l2)
+        if second is not None or others:
+            objective = Objective(self._newton, second.parts if second else self._newton.parts(others), self.l2)
         coordinates, values = self._minimise(objective, directions)
         step = directions @ coordinates.to(directions.dtype)
         reduction = values[0] - min(values) if math.isfinite(values[0]) else 0.0
@@ -185,7 +185,15 @@ class KrylovDescent(CurvatureStepOptimizer):
     ) -> tuple[Float[Tensor, " k"], list[float]]:
         """The coordinates of the least h that L-BFGS met, and h at all that it evaluated, the first one being 0."""
         real = self._scalar().dtype
-        a = torch.zeros(directions.shape[1], dtype=real, device=directions.device, requires_grad=True)
+        best = torch.zeros(directions.shape[1], dtype=real, device=directions.device)
+
+        def evaluate(at: Float[Tensor, " k"]) -> tuple[float, Float[Tensor, " k"]]:
+            h, gradient = objective.gradient_at(directions @ at.to(directions.dtype))
+            return float(h), (gradient @ directions).to(real)
+
+        known: list[tuple[float, Float[Tensor, " k"]]] = [evaluate(best)]
+        unit = _unit(*known[0], torch.finfo(directions.dtype).eps)
+        a = torch.zeros_like(best, requires_grad=True)
         lbfgs = torch.optim.LBFGS(
             [a],
             max_iter=self.search.iterations,
@@ -195,16 +203,24 @@ class KrylovDescent(CurvatureStepOptimizer):
             line_search_fn="strong_wolfe",
         )
         values: list[float] = []
-        best = a.detach().clone()
 
         def closure() -> float:
-            at = a.detach()
-            h, gradient = objective.gradient_at(directions @ at.to(directions.dtype))
-            values.append(float(h))
+            at = unit * a.detach()
+            h, gradient = known.pop() if known else evaluate(at)
+            values.append(h)
             if math.isfinite(values[-1]) and values[-1] == min(v for v in values if math.isfinite(v)):
                 best.copy_(at)
-            a.grad = (gradient @ directions).to(real)
-            return values[-1]
+            a.grad = gradient / unit
+            return values[-1] / unit**2
 
         lbfgs.step(closure)  # type: ignore[bad-argument-type]  # a number is enough
         return best, [v if math.isfinite(v) else math.inf for v in values]
+
+
+def _unit(h: float, gradient: Float[Tensor, " k"], eps: float) -> float:
+    """What L-BFGS takes for 1, for its tolerances are absolute: |∇h|₁ where that is less and h can show the decrease.
+
+    With coordinates in this unit, and h in its square, the first step and all others stay what they are.
+    """
+    size = float(gradient.abs().sum())
+    return size if eps * abs(h) < size**2 < 1 else 1.0
