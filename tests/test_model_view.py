@@ -193,6 +193,22 @@ def test_tied_weights_receive_one_tensor() -> None:
     torch.testing.assert_close(view.functional(values, case.x), doubled(case.x))
 
 
+@pytest.mark.parametrize("name", ["layer_twice", "tied", "tied_bias", "batch_norm_eval"])
+def test_every_parameter_and_buffer_is_put_back(name: str) -> None:
+    """A module that occurs under two names as well: its own tensors, not those that were put in for a while."""
+    case = networks.case(name)
+    view = ModelView(case.model)
+    before = [dict(m._parameters) | dict(m._buffers) for m in case.model.modules()]
+    values = {n: (2 * p.detach()).requires_grad_() for n, p in view.parameters.items()}
+    doubled = copy.deepcopy(case.model)
+    with torch.no_grad():
+        for p in doubled.parameters():
+            p.mul_(2)
+    torch.testing.assert_close(view.functional(values, case.x), doubled(case.x))
+    after = [dict(m._parameters) | dict(m._buffers) for m in case.model.modules()]
+    assert all(new[key] is tensor for old, new in zip(before, after, strict=True) for key, tensor in old.items())
+
+
 def test_a_forward_that_remembers_the_model_still_sees_the_parameters() -> None:
     case = networks.case("mlp")
     view = ModelView(case.model, forward=lambda _, x: case.model(x))

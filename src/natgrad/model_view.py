@@ -202,11 +202,27 @@ class ModelView:
             TypeError: the output is no tensor.
             ValueError: an input has another dtype or device than the model, and the model fails on it.
         """
-        state = {f"model.{self._raw_names[name]}": value for name, value in parameters.items()}
-        state.update((f"model.{name}", buffer.detach().clone()) for name, buffer in self.module.named_buffers())
+        places = self._places()
+        state = {place: value for name, value in parameters.items() for place in places[self._raw_names[name]]}
+        for name, buffer in self.module.named_buffers():
+            copy = buffer.detach().clone()
+            state.update((place, copy) for place in places[name])
         with self._explained(inputs):
-            z = torch.func.functional_call(self._bound, state, (inputs,))
+            z = torch.func.functional_call(self._bound, state, (inputs,), tie_weights=False)
         return self._checked(z)
+
+    def _places(self) -> dict[str, list[str]]:
+        """Where every parameter and buffer lies in what is called, by its first name.
+
+        A module that occurs twice is one place: ``functional_call`` would restore it wrongly if it replaced its tensors
+        under both names, and leave the second replacement in the model (torch 2.13).
+        """
+        by_tensor: dict[int, list[str]] = {}
+        for prefix, owner in self.module.named_modules(prefix="model"):
+            for key, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+                if tensor is not None:
+                    by_tensor.setdefault(id(tensor), []).append(f"{prefix}.{key}")
+        return {places[0].removeprefix("model."): places for places in by_tensor.values()}
 
     def to_vector(self, d: Mapping[str, Tensor]) -> Float[Tensor, "P *k"]:
         """One flat vector ``[P]`` from a dict over the parameters, row-major; entries ``[*shape, k]`` give ``[P, k]``.

@@ -1,9 +1,13 @@
 """Backward passes of a chain of layers by hand, against automatic differentiation."""
 
+import functools
+
 import pytest
 import torch
+from oracles import networks
 from torch import nn
 
+import natgrad as ng
 from natgrad.model_view import ModelView
 from natgrad.operators.chain import _ROWS_AT_ONCE, Chain, ChainRecord
 
@@ -54,3 +58,42 @@ def test_output_gradients(activation, rows, consume) -> None:
         assert not record.layer_inputs
     else:
         assert all(torch.equal(a, before[name]) for name, a in record.layer_inputs.items())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [ng.KFAC, ng.NaturalGradient, functools.partial(ng.EigenAdam, lr=0.01)],
+    ids=["KFAC", "NaturalGradient", "EigenAdam"],
+)
+def test_one_activation_used_twice_is_two_activations(make) -> None:
+    found = []
+    for shared in (False, True):
+        torch.manual_seed(0)
+        tanh = nn.Tanh()
+        model = nn.Sequential(
+            nn.Linear(3, 4), tanh, nn.Linear(4, 4), tanh if shared else nn.Tanh(), nn.Linear(4, 2)
+        ).double()
+        x, y = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+        opt = make(model, ng.Gaussian())
+        losses = [float(opt.step(x, y)) for _ in range(3)]
+        found.append((losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    assert found[0][0] == found[1][0] and found[0][0][2] < found[0][0][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_what_is_no_chain() -> None:
+    """A layer that occurs twice, and a layer, an activation or a container whose forward is somebody's own."""
+    for name in ("layer_twice", "tied_bias", "layer_with_own_forward", "activation_with_own_forward"):
+        assert Chain.of(ModelView(networks.case(name).model)) is None
+    case = networks.case("mlp")
+    chain = Chain.of(ModelView(case.model))
+    assert chain is not None and chain.fits(case.z)
+    for register in (
+        lambda: case.model.register_forward_hook(lambda *call: None),
+        lambda: case.model[1].register_forward_pre_hook(lambda *call: None),
+        lambda: case.model[0].weight.register_hook(lambda gradient: 0 * gradient),
+    ):
+        handle = register()
+        assert not chain.fits(case.z)
+        handle.remove()
+        assert chain.fits(case.z)

@@ -79,6 +79,29 @@ def _tied_bias() -> nn.Module:
     return model
 
 
+def _shared_activation() -> nn.Module:
+    tanh = nn.Tanh()
+    return nn.Sequential(nn.Linear(3, 4), tanh, nn.Linear(4, 3), tanh, nn.Linear(3, 2))
+
+
+def _layer_twice() -> nn.Module:
+    layer, norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+    return nn.Sequential(layer, norm, nn.Tanh(), layer, norm, nn.Linear(3, 2)).eval()
+
+
+def _hooked() -> nn.Module:
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), nn.Linear(3, 2))
+    model.register_forward_hook(lambda module, arguments, out: 2 * out)
+    return model
+
+
+def _with_own_forward(index: int) -> nn.Module:
+    model = _mlp(3, 3, 2)
+    original = model[index].forward
+    model[index].forward = lambda x: torch.sin(original(x))
+    return model
+
+
 def _mlp(*widths: int, bias: bool = True) -> nn.Sequential:
     layers: list[nn.Module] = []
     for a, b in zip(widths, widths[1:], strict=False):
@@ -92,6 +115,11 @@ _BUILDERS: dict[str, Callable[[], tuple]] = {
     "batch_of_one": lambda: (_mlp(3, 3, 2), torch.randn(1, 3)),
     "tied": lambda: (Tied(), torch.randn(3, 3)),
     "tied_bias": lambda: (_tied_bias(), torch.randn(4, 3)),
+    "layer_twice": lambda: (_layer_twice(), torch.randn(4, 3)),
+    "shared_activation": lambda: (_shared_activation(), torch.randn(4, 3)),
+    "hooked": lambda: (_hooked(), torch.randn(4, 3)),
+    "layer_with_own_forward": lambda: (_with_own_forward(0), torch.randn(4, 3)),
+    "activation_with_own_forward": lambda: (_with_own_forward(1), torch.randn(4, 3)),
     "scalar": lambda: (Scaled(), torch.randn(4, 3)),
     "layer_norm": lambda: (
         nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.SiLU(), nn.Linear(4, 2)),

@@ -34,12 +34,18 @@ class Chain:
         names: clean names of the linear layers, in order.
         layers: those layers.
         activations: the module between layer i and layer i + 1, or None where there is none.
+        containers: the modules that hold them.
     """
 
     def __init__(
-        self, names: Sequence[str], layers: Sequence[nn.Linear], activations: Sequence[nn.Module | None]
+        self,
+        names: Sequence[str],
+        layers: Sequence[nn.Linear],
+        activations: Sequence[nn.Module | None],
+        containers: Sequence[nn.Module],
     ) -> None:
         self.names, self.layers, self.activations = tuple(names), tuple(layers), tuple(activations)
+        self._modules = (*containers, *layers, *(module for module in activations if module is not None))
         self.blocks = {name: block_of(name, layer) for name, layer in zip(names, layers, strict=True)}
 
     @classmethod
@@ -48,7 +54,9 @@ class Chain:
         model = view.module
         if type(model) is not nn.Sequential or view.forward is not None:
             return None
-        leaves = _leaves(model)
+        leaves, containers = _leaves(model)
+        if any("forward" in vars(module) for module in (*containers, *(leaf for _, leaf in leaves))):
+            return None  # somebody's own
         if not leaves or type(leaves[0][1]) is not nn.Linear or type(leaves[-1][1]) is not nn.Linear:
             return None
         names: list[str] = []
@@ -73,12 +81,15 @@ class Chain:
             return None  # a weight or a bias that two layers share
         if not all(p.requires_grad for p in members):
             return None
-        return cls(names, layers, activations)
+        return cls(names, layers, activations, containers)
 
     def fits(self, z: Tensor) -> bool:
-        """Whether the forward pass that gave z was the chain's: in the weights' dtype; no foreign hook changed it."""
-        modules = [*self.layers, *(module for module in self.activations if module is not None)]
-        return z.dtype == self.layers[0].weight.dtype and not any(foreign_hooks(module) for module in modules)
+        """Whether the passes that z belongs to are the chain's: in the weights' dtype, unchanged by anybody's hooks."""
+        if z.dtype != self.layers[0].weight.dtype:
+            return False
+        if any(foreign_hooks(module) or "forward" in vars(module) for module in self._modules):
+            return False
+        return not any(p is not None and p._backward_hooks for layer in self.layers for p in (layer.weight, layer.bias))
 
     def output_gradients(self, inputs: Mapping[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
         """``g = (∂z/∂s)ᵀ cotangent`` for the output s of every layer.
@@ -239,12 +250,15 @@ class ChainRecord(Record):
         return {name: [g] for name, g in found.items()}, [None for _ in parameters]
 
 
-def _leaves(module: nn.Sequential, prefix: str = "") -> list[tuple[str, nn.Module]]:
+def _leaves(module: nn.Sequential, prefix: str = "") -> tuple[list[tuple[str, nn.Module]], list[nn.Module]]:
+    """What a nest of sequences calls, in order and as often as it does; and the sequences."""
     found: list[tuple[str, nn.Module]] = []
-    for name, child in module.named_children():
-        full = f"{prefix}{name}"
+    containers: list[nn.Module] = [module]
+    for name, child in module._modules.items():  # children() would leave out the second use of a module
         if type(child) is nn.Sequential:
-            found.extend(_leaves(child, f"{full}."))
-        else:
-            found.append((full, child))
-    return found
+            leaves, inner = _leaves(child, f"{prefix}{name}.")
+            found.extend(leaves)
+            containers.extend(inner)
+        elif child is not None:
+            found.append((f"{prefix}{name}", child))
+    return found, containers
