@@ -106,6 +106,29 @@ def test_plain_layers_are_never_written_out_and_long_sequences_are() -> None:
     assert all(isinstance(block, TensorRows) for block in passed.rows.blocks)
 
 
+class _Mixed(nn.Module):
+    """Takes a tensor that all examples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor, mixing: Tensor) -> Tensor:
+        return (self.norm(x) + mixing) @ mixing.T
+
+
+@pytest.mark.parametrize("chunk_size", [4, 6, 3, 1])
+def test_a_tensor_that_all_examples_share_may_be_as_long_as_a_chunk(chunk_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, mixing = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (10, 4))
+    model = _Mixed().double()
+    x = x[:, None].repeat(1, 4, 1) * torch.arange(1, 5)[:, None]
+    y = torch.zeros(10, 4, 4, dtype=torch.float64)
+    expected = dense.per_example_gradients(model, x, y, dense.nll("gaussian"), lambda m, some: m(some, mixing))
+    rows = PerExampleGradients(ModelView(model), chunk_size)(ng.Gaussian(), (x, mixing), y).rows.to_dense()
+    torch.testing.assert_close(rows, expected)
+
+
 class _Stubborn(nn.Module):
     """Decides by a value, so that no batched derivative exists."""
 

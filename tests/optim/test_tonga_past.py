@@ -111,6 +111,33 @@ def test_convolutions_take_part() -> None:
     torch.testing.assert_close(vector(model) - before, step)
 
 
+class _TwoPrecisions(nn.Module):
+    """A layer in single precision, the rest in double."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.norm = nn.Linear(3, 4), nn.Linear(4, 2).double(), nn.LayerNorm(2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.second(torch.tanh(self.first(x.to(self.first.weight.dtype))).double()))
+
+
+@pytest.mark.parametrize("past", [None, ng.PastGradients(rank=4)])
+@pytest.mark.parametrize("gradients", [None, 5])
+@pytest.mark.parametrize("centered", [True, False])
+def test_parameters_of_two_precisions(gradients: int | None, past: ng.PastGradients | None, centered: bool) -> None:
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 2, dtype=torch.float64)
+    steps = []
+    for model in (_TwoPrecisions(), _TwoPrecisions().double()):
+        before = vector(model)
+        opt = tonga(model, gradients=gradients, past=past, centered=centered)
+        for _ in range(3):
+            opt.step(x, y)
+        steps.append(vector(model) - before)
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"discount": 1.0}, {"discount": -0.1}, {"discount": float("nan")}])
 def test_settings_out_of_range(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):

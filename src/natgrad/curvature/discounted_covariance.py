@@ -78,9 +78,9 @@ class DiscountedCovariance:
         for kept, group, Q in zip(self._kept, self.now.groups, weights, strict=True):
             C = Q[rank:] - Q[rank:].mean(0) if self.now.centered else Q[rank:]
             for block in group.blocks:
-                found |= block.combine_all((new * C).to(self.past.dtype))
+                found |= block.combine_all((new * C).to(block.dtype))
             for block in kept.blocks:
-                for name, part in block.combine_all((old * Q[:rank]).to(self.past.dtype)).items():
+                for name, part in block.combine_all((old * Q[:rank]).to(block.dtype)).items():
                     found[name] = found[name] + part
         return torch.cat([found[name].reshape(rank, -1) for name in self.now.rows.view.names], 1)
 
@@ -105,12 +105,11 @@ class DiscountedCovariance:
     def assembled(self, old: list[Float[Tensor, " rank"]], new: list[Float[Tensor, " n"]]) -> Float[Tensor, " P"]:
         """``Bᵀ old + Rᵀ new`` with the uncentred gradients R, per block."""
         found: dict[str, Tensor] = {}
-        dtype = self.past.dtype
         for kept, group, a, b in zip(self._kept, self.now.groups, old, new, strict=True):
             for block in group.blocks:
-                found |= block.combine(b.to(dtype))
+                found |= block.combine(b.to(block.dtype))
             for block in kept.blocks:
-                for name, part in block.combine(a.to(dtype)).items():
+                for name, part in block.combine(a.to(block.dtype)).items():
                     found[name] = found[name] + part
         return self.now.rows.view.to_vector(found)
 
@@ -174,7 +173,7 @@ def _rows_of(past: Float[Tensor, "rank P"], group: GradientRows) -> GradientRows
     """What was kept, for the parameters of a block."""
     view = group.view
     parts = past.split([p.numel() for p in view.parameters.values()], dim=1)
-    rows = dict(zip(view.parameters, parts, strict=True))
+    rows = {name: part.to(p.dtype) for (name, p), part in zip(view.parameters.items(), parts, strict=True)}
     names = [name for block in group.blocks for name in block.names]
     return GradientRows(view, [TensorRows(rows[name], name, view.parameters[name].shape) for name in names])
 

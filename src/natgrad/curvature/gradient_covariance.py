@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.curvature.gradient_rows import GradientRows, LinearRows, RowBlock
+from natgrad.curvature.gradient_rows import GradientRows, RowBlock
 from natgrad.curvature.per_example import PerExampleGradients
 from natgrad.damping import check_damping
 from natgrad.likelihoods import Likelihood
@@ -221,7 +221,7 @@ def _assembled(groups: Sequence[GradientRows], c: Sequence[Float[Tensor, " n"]])
     found: dict[str, Tensor] = {}
     for group, one in zip(groups, c, strict=True):
         for block in group.blocks:
-            found |= block.combine(one.to(block.g.dtype if isinstance(block, LinearRows) else block.rows.dtype))
+            found |= block.combine(one.to(block.dtype))
     return groups[0].view.to_vector(found)
 
 

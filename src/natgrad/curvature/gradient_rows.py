@@ -31,6 +31,11 @@ class LinearRows:
     bias: str | None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the gradients."""
+        return self.g.dtype
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The parameters."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
@@ -114,6 +119,11 @@ class TensorRows:
     shape: tuple[int, ...]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the gradients."""
+        return self.rows.dtype
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The parameter."""
         return (self.name,)
@@ -178,14 +188,12 @@ class GradientRows:
         """``Rᵀ c``."""
         found: dict[str, Tensor] = {}
         for block in self.blocks:
-            found |= block.combine(c)
+            found |= block.combine(c.to(block.dtype))
         return self.view.to_vector(found)
 
     def sum(self) -> Float[Tensor, " P"]:
         """The sum of all rows."""
-        block = self.blocks[0]
-        like = block.g if isinstance(block, LinearRows) else block.rows
-        return self.combine(like.new_ones(len(self)))
+        return self.combine(torch.ones(len(self), dtype=self.view.dtype, device=self.view.device))
 
     def squares(self) -> Float[Tensor, " P"]:
         """The sum over the examples of the square of every element of the gradient: n times the diagonal of U."""
@@ -196,7 +204,8 @@ class GradientRows:
 
     def project(self, v: Mapping[str, Tensor]) -> Float[Tensor, " n"]:
         """``R v`` for a vector by parameter."""
-        return torch.stack([block.project(v) for block in self.blocks]).sum(0)
+        found = [block.project({name: v[name].to(block.dtype) for name in block.names}) for block in self.blocks]
+        return torch.stack(found).sum(0)
 
     def project_all(self, V: Mapping[str, Float[Tensor, "k ..."]]) -> Float[Tensor, "k n"]:
         """``V Rᵀ`` for several vectors by parameter."""

@@ -19,6 +19,9 @@ from natgrad.replay import Replay
 # What the gradients and activations of one pass over a few examples may occupy, roughly.
 _CHUNK_BYTES = 2**28
 
+# Inputs and targets with other tensors in the place of those that have the examples in dimension 0.
+Rebuild = Callable[[list[Tensor]], Any]
+
 
 @dataclass
 class Passed:
@@ -178,12 +181,13 @@ class PerExampleGradients:
         rows = {name: p.new_empty(n, p.numel()) for name, p in parameters.items()}
         size = self.chunk_size or self._affordable(sum(p.numel() for p in parameters.values()))
         gradients = _by_vmap
+        leaves, rebuild = _batched_leaves((x, y), n)
         with before, view.curvature_pass():
             start = 0
             while start < n:
                 part = slice(start, min(n, start + size))
                 try:
-                    found = gradients(view, likelihood, parameters, select_rows(x, part), select_rows(y, part))
+                    found = gradients(view, likelihood, parameters, [leaf[part] for leaf in leaves], rebuild)
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError:
@@ -212,11 +216,8 @@ def _add_up(blocks: Sequence[TensorRows], total: Mapping[str, Tensor]) -> bool:
 
 
 def _by_vmap(
-    view: ModelView, likelihood: Likelihood, parameters: Mapping[str, Tensor], x: Any, y: Any
+    view: ModelView, likelihood: Likelihood, parameters: Mapping[str, Tensor], leaves: list[Tensor], rebuild: Rebuild
 ) -> dict[str, Tensor]:
-    n = batch_size(x)
-    leaves, rebuild = _batched_leaves((x, y), n)
-
     def loss(values: Mapping[str, Tensor], example: list[Tensor]) -> Tensor:
         x_one, y_one = rebuild([leaf[None] for leaf in example])
         z = view.functional(values, x_one)
@@ -226,22 +227,22 @@ def _by_vmap(
 
 
 def _one_by_one(
-    view: ModelView, likelihood: Likelihood, parameters: Mapping[str, Tensor], x: Any, y: Any
+    view: ModelView, likelihood: Likelihood, parameters: Mapping[str, Tensor], leaves: list[Tensor], rebuild: Rebuild
 ) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {name: [] for name in parameters}
-    for i in range(batch_size(x)):
-        row = slice(i, i + 1)
+    for i in range(len(leaves[0])):
+        x_one, y_one = rebuild([leaf[i : i + 1] for leaf in leaves])
         with torch.enable_grad():
-            leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-            z = view.functional(leaves, select_rows(x, row))
-            loss = likelihood.nll(z, select_rows(y, row), count=z.new_ones(()))
-            gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        for name, gradient in zip(leaves, gradients, strict=True):
+            values = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+            z = view.functional(values, x_one)
+            loss = likelihood.nll(z, y_one, count=z.new_ones(()))
+            gradients = torch.autograd.grad(loss, list(values.values()), allow_unused=True, materialize_grads=True)
+        for name, gradient in zip(values, gradients, strict=True):
             found[name].append(gradient)
     return {name: torch.stack(parts) for name, parts in found.items()}
 
 
-def _batched_leaves(nest: Any, n: int) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+def _batched_leaves(nest: Any, n: int) -> tuple[list[Tensor], Rebuild]:
     """The leaves with the examples in dimension 0, and how the nest is made again from others in their place."""
     plain = pytree.tree_map(lambda part: part, tuple(select_rows(part, slice(None)) for part in nest))
     leaves, spec = pytree.tree_flatten(plain)
