@@ -30,21 +30,24 @@ class Comparison:
         of_u: the eigenvalues of U that may differ from zero, n of them, in descending order.
         of_g: those of G, n · o of them.
         distance: ``‖U − G‖ / ‖G‖`` in the Frobenius norm.
+        resolution: an eigenvalue counts where it is above this many times the number of them, as a share of the
+            largest; less precise numbers have a coarser one.
     """
 
     of_u: Float[Tensor, " n"]
     of_g: Float[Tensor, " k"]
     distance: float
+    resolution: float = 1e-10
 
     @property
     def rank_u(self) -> int:
         """The numerical rank of U: at most n."""
-        return _rank(self.of_u)
+        return _rank(self.of_u, self.resolution)
 
     @property
     def rank_g(self) -> int:
         """The numerical rank of G: at most n · o; n (o − 1) for classes, whose probabilities sum to 1."""
-        return _rank(self.of_g)
+        return _rank(self.of_g, self.resolution)
 
 
 class _Linear:
@@ -76,7 +79,8 @@ def compare(
         TypeError: the likelihood has no metric.
     """
     uu, gg, ug = _products(model, likelihood, x, y, forward)
-    return Comparison(_spectrum(uu), _spectrum(gg), _distance(uu, gg, ug))
+    eps = torch.finfo(ModelView(model, forward).dtype).eps
+    return Comparison(_spectrum(uu), _spectrum(gg), _distance(uu, gg, ug), max(1e-10, eps))
 
 
 def distance(model: nn.Module, likelihood: Likelihood, x: Any, y: Any, *, forward: Forward | None = None) -> float:
@@ -192,6 +196,6 @@ def _spectrum(product: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
     return torch.linalg.eigvalsh(product).clamp(min=0).flip(0)
 
 
-def _rank(eigenvalues: Float[Tensor, " n"]) -> int:
-    # Gram matrices square the condition, and models come in single precision
-    return int((eigenvalues > 1e-10 * len(eigenvalues) * eigenvalues[0]).sum()) if len(eigenvalues) else 0
+def _rank(eigenvalues: Float[Tensor, " n"], resolution: float) -> int:
+    # Gram matrices square the condition
+    return int((eigenvalues > resolution * len(eigenvalues) * eigenvalues[0]).sum()) if len(eigenvalues) else 0

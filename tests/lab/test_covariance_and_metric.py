@@ -27,11 +27,14 @@ def test_spectra_and_distance_are_those_of_the_dense_matrices(name: str, family:
     assert found.distance == pytest.approx(float((U - G).norm() / G.norm()), rel=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("family", "per_example"), [("gaussian", 3), ("bernoulli", 3), ("categorical", 2)])
-def test_u_has_one_direction_for_every_example_and_g_one_for_every_output(family: str, per_example: int) -> None:
+def test_u_has_one_direction_for_every_example_and_g_one_for_every_output(
+    family: str, per_example: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    model, n = mlp(6, 10, 3), 7
-    x = torch.randn(n, 6, dtype=torch.float64)
+    model, n = mlp(6, 10, 3).to(dtype), 7
+    x = torch.randn(n, 6, dtype=dtype)
     y = networks.targets(family, model(x).detach())
     found = compare(model, LIKELIHOODS[family], x, y)
     assert (found.rank_u, found.rank_g) == (n, n * per_example)
