@@ -135,6 +135,19 @@ def test_a_copy_is_refused(make: Any) -> None:
         copy.deepcopy(opt)
 
 
+class _SparseEmbedding(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Embedding(5, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+
+
+@by_optimiser
+def test_sparse_gradients_are_refused_by_name(make: Any) -> None:
+    with pytest.raises(ValueError, match="model: Embedding '0' has sparse gradients.*sparse=False"):
+        make(_SparseEmbedding(), LIKELIHOOD)
+    with pytest.raises(ValueError, match="Embedding '0' has sparse gradients"):
+        ng.Fisher(_SparseEmbedding(), LIKELIHOOD, torch.zeros(3, 2, dtype=torch.long))
+
+
 @by_optimiser
 def test_what_was_frozen_in_the_meantime_is_named(make: Any) -> None:
     model, batches = problem()

@@ -14,6 +14,7 @@ from natgrad.layers.capture import Capture, Record
 from natgrad.layers.coverage import cover
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import ModelView, batch_size, select_rows
+from natgrad.operators.jacobian_products import refuse_sparse
 from natgrad.replay import Replay
 
 # What the gradients and activations of one pass over a few examples may occupy, roughly.
@@ -57,6 +58,7 @@ class PerExampleGradients:
     def __init__(self, view: ModelView, chunk_size: int | None = None) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}: expected at least one example in a pass, or None")
+        refuse_sparse(view)
         self.view, self.chunk_size = view, chunk_size
         coverage = cover(view, uncovered="identity", structure="layerwise")
         layers: dict[str, nn.Linear] = {

@@ -74,6 +74,20 @@ def batched_grad(
     return [torch.stack(parts) for parts in zip(*each, strict=True)]
 
 
+def refuse_sparse(view: ModelView) -> None:
+    """Refuse embeddings whose gradients are sparse tensors.
+
+    Raises:
+        ValueError: with the module's name.
+    """
+    for name, module in view.module.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise ValueError(
+                f"model: {type(module).__name__} {name!r} has sparse gradients, with which no curvature can be "
+                "multiplied; make it with sparse=False"
+            )
+
+
 class JacobianProducts:
     """J = dz/dθ at the parameters, buffers and random state of the moment of construction.
 
@@ -95,6 +109,7 @@ class JacobianProducts:
     def __init__(self, view: ModelView, inputs: Any, chunk_size: int | None = None) -> None:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size: expected at least one column per pass, got {chunk_size}")
+        refuse_sparse(view)
         rows = batch_size(inputs)
         self.view = view
         self.inputs = inputs

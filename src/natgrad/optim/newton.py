@@ -22,7 +22,7 @@ from natgrad.operators.base import LinearOperator
 from natgrad.operators.chain import Chain
 from natgrad.operators.chain_products import linearize
 from natgrad.operators.damped import DampedSum
-from natgrad.operators.jacobian_products import JacobianProducts
+from natgrad.operators.jacobian_products import JacobianProducts, refuse_sparse
 from natgrad.optim.arguments import check_real, check_whole
 from natgrad.replay import Replay
 
@@ -114,6 +114,7 @@ class NewtonModel:
     chain: Chain | None = field(init=False)
 
     def __post_init__(self) -> None:
+        refuse_sparse(self.view)
         self.chain = Chain.of(self.view)
 
     def evaluate(self, batches: Sequence[tuple[Any, Any]]) -> Evaluated:
