@@ -313,3 +313,16 @@ def test_a_parameter_without_dimensions(make: Any) -> None:
     before, first = case.model.scale.item(), opt.step(x, y)
     assert opt.step(x, y) < first and case.model.scale.item() > before
     opt.load_state_dict(opt.state_dict())
+
+
+@by_optimiser
+def test_a_second_group_is_refused(make: Any) -> None:
+    model, batches = problem()
+    opt = make(model, LIKELIHOOD)
+    for parameters in ([nn.Parameter(torch.zeros(3))], [("head", nn.Parameter(torch.zeros(3)))]):
+        with pytest.raises(
+            ValueError, match=f"add_param_group: {type(opt).__name__} trains the parameters that its mo"
+        ):
+            opt.add_param_group({"params": parameters})
+    assert len(opt.param_groups) == 1
+    opt.step(*batches[0])

@@ -58,6 +58,19 @@ class WholeModelOptimizer(torch.optim.Optimizer):
 
     __deepcopy__ = refuse_copy
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the parameters are those of the model.
+
+        Raises:
+            ValueError: always, once the optimiser is made.
+        """
+        if self.param_groups:
+            raise ValueError(
+                f"add_param_group: {type(self).__name__} trains the parameters that its model had when it was made, in "
+                "one group; make a new optimiser for the model as it is now"
+            )
+        super().add_param_group(param_group)
+
     def _vectors(self) -> dict[str, Float[Tensor, " P"]]:
         """The vectors of the state, in use, by name."""
         return {}
