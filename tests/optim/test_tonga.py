@@ -84,6 +84,48 @@ def test_the_covariance_of_some_examples_and_the_gradient_of_all() -> None:
     torch.testing.assert_close(vector(model) - before, expected)
 
 
+@pytest.mark.parametrize("gradients", [1, 2, 5, 11])
+def test_as_many_examples_enter_however_the_batch_is_cut(gradients: int) -> None:
+    """Every micro-batch once gave one at least: four of them made four of ``gradients=2``."""
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 1, 5, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
+    steps, ranks = [], []
+    for size in (None, 5, 3, 1):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(6, 2)).double()
+        before = vector(model)
+        opt = tonga(model, ng.Gaussian(), damping=0.2, gradients=gradients)
+        for _ in range(2):
+            opt.step(x, y, size)
+        steps.append(vector(model) - before)
+        ranks.append(opt.stats["rank"])
+    assert ranks == [gradients] * 4
+    for step in steps[1:]:
+        torch.testing.assert_close(step, steps[0])
+
+
+class _Sequences(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))).sum(1))
+
+
+@pytest.mark.parametrize("lengths", [(2, 3), (3, 2, 1), (1, 9), (9, 2, 9)])
+def test_micro_batches_of_sequences_of_different_lengths(lengths: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = _Sequences(20).double()
+    batches = [(torch.randn(3, t, 3).double(), torch.randn(3, 2).double()) for t in lengths]
+    R = torch.cat([dense.per_example_gradients(model, x, y, dense.nll("gaussian")) for x, y in batches])
+    C = R.T @ R / len(R)
+    expected = -torch.linalg.solve(C + 0.2 * torch.eye(len(C), dtype=C.dtype), R.mean(0))
+    before = vector(model)
+    tonga(model, ng.Gaussian(), damping=0.2).step(batches)
+    torch.testing.assert_close(vector(model) - before, expected)
+
+
 def test_convolutions_and_sequences() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()

@@ -98,10 +98,23 @@ class LinearRows:
         """Some of the examples."""
         return replace(self, a=self.a[index], g=self.g[index])
 
+    def written(self) -> "list[TensorRows]":
+        """The same rows, written out."""
+        n, _, columns = self.a.shape
+        out = self.g.shape[-1]
+        weight = torch.einsum("nto,nti->noi", self.g, self.a).reshape(n, out * columns)
+        rows = [TensorRows(weight, self.weight, (out, columns))]
+        return rows if self.bias is None else [*rows, TensorRows(self.g.sum(1), self.bias, (out,))]
+
     def append(self, other: "RowBlock") -> "LinearRows":
         """These examples, then those of another batch."""
         assert isinstance(other, LinearRows)
-        return replace(self, a=torch.cat([self.a, other.a]), g=torch.cat([self.g, other.g]))
+        uses = max(self.a.shape[1], other.a.shape[1])
+        a, g = (
+            torch.cat([nn.functional.pad(t, (0, 0, 0, uses - t.shape[1])) for t in pair])  # a use with g = 0 adds none
+            for pair in ((self.a, other.a), (self.g, other.g))
+        )
+        return replace(self, a=a, g=g)
 
 
 @dataclass(frozen=True)
@@ -159,6 +172,10 @@ class TensorRows:
     def select(self, index: Tensor) -> "TensorRows":
         """Some of the examples."""
         return replace(self, rows=self.rows[index])
+
+    def written(self) -> "list[TensorRows]":
+        """Itself."""
+        return [self]
 
     def append(self, other: "RowBlock") -> "TensorRows":
         """These examples, then those of another batch."""
@@ -224,19 +241,20 @@ class GradientRows:
 
     def append(self, other: "GradientRows") -> "GradientRows":
         """These examples, then those of another batch."""
-        pairs = zip(self.blocks, other.blocks, strict=True)
-        return GradientRows(self.view, [mine.append(theirs) for mine, theirs in pairs])
+        forms = [{block.names: type(block) for block in blocks} for blocks in (self.blocks, other.blocks)]
+        mine, theirs = self.blocks, other.blocks
+        if forms[0] != forms[1]:  # what is written out depends on the number of uses
+            mine, theirs = ([one for block in blocks for one in block.written()] for blocks in (mine, theirs))
+        found = {block.names: block for block in theirs}
+        return GradientRows(self.view, [block.append(found[block.names]) for block in mine])
 
 
 def written_out(blocks: Sequence[LinearRows]) -> Iterator[RowBlock]:
     """Layers with so many uses per example that products of a and g would cost more than the gradients themselves."""
     for block in blocks:
-        n, uses, columns = block.a.shape
+        uses, columns = block.a.shape[1:]
         out = block.g.shape[-1]
         if uses == 1 or uses**2 * (columns + out) <= columns * out:
             yield block
-            continue
-        weight = torch.einsum("nto,nti->noi", block.g, block.a)
-        yield TensorRows(weight.reshape(n, -1), block.weight, (out, columns))
-        if block.bias is not None:
-            yield TensorRows(block.g.sum(1), block.bias, (out,))
+        else:
+            yield from block.written()

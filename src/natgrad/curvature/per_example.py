@@ -125,9 +125,7 @@ class PerExampleGradients:
         others = tuple(name for name in names if name not in covered)
         explicit: list[TensorRows] = []
         if others:
-            rows = x if index is None else select_rows(x, index)
-            answers = y if index is None else select_rows(y, index)
-            explicit = self._func_rows(likelihood, rows, answers, others, before)
+            explicit = self._func_rows(likelihood, x, y, index, others, before)
         if index is None and total is not None and _add_up(explicit, total):
             total = None
         gradient = None if total is None else self.view.to_vector(total)
@@ -175,15 +173,17 @@ class PerExampleGradients:
                 del self.members[name]
 
     def _func_rows(
-        self, likelihood: Likelihood, x: Any, y: Any, names: tuple[str, ...], before: Replay
+        self, likelihood: Likelihood, x: Any, y: Any, index: Tensor | None, names: tuple[str, ...], before: Replay
     ) -> list[TensorRows]:
         """Rows of some parameters by ``vmap(grad)`` in chunks, or one example after the other where vmap fails."""
         view, n = self.view, batch_size(x)
+        leaves, rebuild = _batched_leaves((x, y), n)
+        if index is not None:
+            leaves, n = [leaf[index] for leaf in leaves], len(index)
         parameters = {name: view.parameters[name].detach() for name in names}
         rows = {name: p.new_empty(n, p.numel()) for name, p in parameters.items()}
         size = self.chunk_size or self._affordable(sum(p.numel() for p in parameters.values()))
         gradients = _by_vmap
-        leaves, rebuild = _batched_leaves((x, y), n)
         with before, view.curvature_pass():
             start = 0
             while start < n:

@@ -6,6 +6,7 @@ batches too, in low-rank form.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -199,12 +200,12 @@ class TONGA(WholeModelOptimizer):
         self, batches: list[tuple[Any, Any]]
     ) -> tuple[GradientRows, Tensor, Float[Tensor, " P"] | None, Tensor]:
         """Rows, summed nll, gradient of that sum (None where it is the sum of the rows) and the count."""
-        examples = sum(batch_size(x) for x, _ in batches)
+        sizes = [batch_size(x) for x, _ in batches]
         nll, counts = self._scalar(), []
         rows: GradientRows | None = None
         gradient: Tensor | None = None
-        for x, y in batches:
-            passed = self._collect(self.likelihood, x, y, self._chosen(batch_size(x), examples))
+        for (x, y), index in zip(batches, self._chosen(sizes), strict=True):
+            passed = self._collect(self.likelihood, x, y, index)
             self._validate(passed.z, y)
             nll = nll + passed.nll
             counts.append(torch.as_tensor(self.likelihood.count(passed.z, y), device=nll.device).to(nll.dtype))
@@ -217,9 +218,14 @@ class TONGA(WholeModelOptimizer):
         count = counts[0] if is_plain_sum(self.likelihood) else torch.stack(counts).sum()
         return rows, nll, gradient, count
 
-    def _chosen(self, size: int, examples: int) -> Tensor | None:
-        """Which of a micro-batch's examples enter C, or None for all."""
+    def _chosen(self, sizes: Sequence[int]) -> list[Tensor] | list[None]:
+        """Which examples of every micro-batch enter C, or None for all; the same however a batch is cut."""
+        examples = sum(sizes)
         if self.gradients is None or self.gradients >= examples:
-            return None
-        share = min(size, max(1, round(self.gradients * size / examples)))
-        return torch.randperm(size, generator=self._generator, device=self._generator.device)[:share].sort().values
+            return [None for _ in sizes]
+        order = torch.randperm(examples, generator=self._generator, device=self._generator.device)
+        if len(sizes) == 1:  # nothing waits for the device
+            return [order[: self.gradients].sort().values]
+        enters = torch.zeros(examples, dtype=torch.bool, device=order.device)
+        enters[order[: self.gradients]] = True
+        return [part.nonzero()[:, 0] for part in enters.split(list(sizes))]
