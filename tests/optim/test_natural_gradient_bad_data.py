@@ -98,6 +98,21 @@ def test_metric_inputs_without_the_targets_that_the_metric_needs() -> None:
     assert opt.stats["accepted"]
 
 
+def test_a_preconditioner_that_needs_the_targets_which_metric_inputs_have_not() -> None:
+    model = mlp(4, 5, 3)
+    x, y = data(ng.Gaussian(), 4, 3)
+    opt = ng.NaturalGradient(
+        model, ng.Gaussian(), preconditioner=ng.KroneckerPreconditioner(expectation="empirical"), damping=0.3
+    )
+    before = vector(model)
+    for join in (False, True):
+        with pytest.raises(ValueError, match="preconditioner: .*'empirical'.* needs targets, which metric_inputs have"):
+            opt.step(x, y, metric_inputs=x, join=join)
+    assert torch.equal(vector(model), before)
+    opt.step(x, y)
+    assert opt.stats["accepted"]
+
+
 def test_calls_that_cannot_be_meant() -> None:
     model = mlp(4, 5, 3)
     x, y = data(ng.Gaussian(), 4, 3)

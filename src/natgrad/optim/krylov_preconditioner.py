@@ -81,6 +81,11 @@ class KroneckerPreconditioner:
             index = torch.randperm(size, generator=generator, device=generator.device)[: self.rows].sort().values
             inputs, targets = select_rows(inputs, index), None if targets is None else select_rows(targets, index)
         needed = self.expectation == "empirical" or getattr(likelihood, "needs_targets", False)
+        if needed and targets is None:
+            raise ValueError(
+                f"preconditioner: {self} needs targets, which metric_inputs have not; use expectation='sampled', or "
+                "leave metric_inputs out"
+            )
         curvature = kronecker_fisher(
             view.model,
             likelihood,
