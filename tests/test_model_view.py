@@ -209,6 +209,14 @@ def test_every_parameter_and_buffer_is_put_back(name: str) -> None:
     assert all(new[key] is tensor for old, new in zip(before, after, strict=True) for key, tensor in old.items())
 
 
+def test_a_parameter_that_the_model_has_no_more_is_named() -> None:
+    case = networks.case("mlp")
+    view = ModelView(case.model)
+    nn.utils.parametrizations.weight_norm(case.model[0])
+    with pytest.raises(ValueError, match="model: 0.weight is not one of its parameters any more"):
+        view.functional({n: p.detach() for n, p in view.parameters.items()}, case.x)
+
+
 def test_a_forward_that_remembers_the_model_still_sees_the_parameters() -> None:
     case = networks.case("mlp")
     view = ModelView(case.model, forward=lambda _, x: case.model(x))

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from natgrad.places import places_of
 from natgrad.replay import Replay
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -202,27 +203,18 @@ class ModelView:
             TypeError: the output is no tensor.
             ValueError: an input has another dtype or device than the model, and the model fails on it.
         """
-        places = self._places()
-        state = {place: value for name, value in parameters.items() for place in places[self._raw_names[name]]}
-        for name, buffer in self.module.named_buffers():
-            copy = buffer.detach().clone()
-            state.update((place, copy) for place in places[name])
+        places, buffers = places_of(self.module, "model.")
+        state = {place: copy for copy, together in buffers for place in together}
+        for name, value in parameters.items():
+            together = places.get(f"model.{self._raw_names[name]}")
+            if together is None:
+                raise ValueError(
+                    f"model: {name} is not one of its parameters any more; make a new one of what holds it"
+                )
+            state.update((place, value) for place in together)
         with self._explained(inputs):
             z = torch.func.functional_call(self._bound, state, (inputs,), tie_weights=False)
         return self._checked(z)
-
-    def _places(self) -> dict[str, list[str]]:
-        """Where every parameter and buffer lies in what is called, by its first name.
-
-        A module that occurs twice is one place: ``functional_call`` would restore it wrongly if it replaced its tensors
-        under both names, and leave the second replacement in the model (torch 2.13).
-        """
-        by_tensor: dict[int, list[str]] = {}
-        for prefix, owner in self.module.named_modules(prefix="model"):
-            for key, tensor in (*owner._parameters.items(), *owner._buffers.items()):
-                if tensor is not None:
-                    by_tensor.setdefault(id(tensor), []).append(f"{prefix}.{key}")
-        return {places[0].removeprefix("model."): places for places in by_tensor.values()}
 
     def to_vector(self, d: Mapping[str, Tensor]) -> Float[Tensor, "P *k"]:
         """One flat vector ``[P]`` from a dict over the parameters, row-major; entries ``[*shape, k]`` give ``[P, k]``.
