@@ -89,6 +89,20 @@ def test_on_a_quadratic_it_takes_conjugate_gradients_minimiser_over_the_subspace
     assert opt.stats["dimension"] == size
 
 
+@pytest.mark.parametrize("width", [4, 60])
+@pytest.mark.parametrize("share, dimension", [(0.25, 1 + 3 * 2), (0.5, 1 + 6 * 2)])
+def test_a_subspace_that_is_exhausted_ends_there(share: float, dimension: int, width: int) -> None:
+    """G of n examples and three classes has the rank 2 n; directions of rounding errors once made it up to ``size``."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, 3)).double()
+        x, y = torch.randn(12, 8, dtype=torch.float64), torch.randint(3, (12,))
+        opt = ng.KrylovDescent(model, ng.Categorical(), share=share, search=SubspaceSearch(exponent=0.0))
+        opt.step(x, y)
+        # errors of the products before may be left as one direction more
+        assert dimension <= opt.stats["dimension"] <= dimension + 1
+
+
 @pytest.mark.parametrize("exponent", [0.0, 1.0])
 @pytest.mark.parametrize("scale", [1e-4, 1e-9, 1e-30])
 def test_the_step_goes_with_the_scale_of_the_targets(scale: float, exponent: float) -> None:

@@ -67,23 +67,25 @@ def krylov_basis(
     V = b.new_zeros(columns, len(b))
     AV = torch.zeros_like(V)
     w = precondition(b)
+    largest = w.new_zeros(())  # of the products: the rounding errors of all are in proportion to it
     for i in range(columns):
         if i == size and extra is not None:
-            w = extra
-        V[i] = _orthonormal(w, V[:i])
+            w, largest = extra, torch.zeros_like(largest)
+        V[i] = _orthonormal(w, V[:i], largest)
         AV[i] = matvec(V[i])
         w = precondition(AV[i])
+        largest = torch.maximum(largest, torch.linalg.vector_norm(w))
     real = torch.float32 if b.device.type == "mps" else torch.float64
     matrix = (V @ AV.T).to(real)
     return KrylovBasis(V.T, (matrix + matrix.T) / 2)
 
 
-def _orthonormal(w: Float[Tensor, " n"], V: Float[Tensor, "i n"]) -> Float[Tensor, " n"]:
+def _orthonormal(w: Float[Tensor, " n"], V: Float[Tensor, "i n"], largest: Float[Tensor, ""]) -> Float[Tensor, " n"]:
     """W made orthogonal to the rows of V and of unit length; zero where nothing but rounding is left of it."""
     before = torch.linalg.vector_norm(w)
     for _ in range(2):
         w = w - V.T @ (V @ w)
     after = torch.linalg.vector_norm(w)
     # scaled twice: a tiny w has a norm whose square underflows
-    enough = after > 10 * len(w) ** 0.5 * torch.finfo(w.dtype).eps * before
+    enough = after > 10 * torch.finfo(w.dtype).eps * torch.maximum(len(w) ** 0.5 * before, largest)
     return torch.where(enough, w / after, torch.zeros_like(w))
