@@ -81,6 +81,16 @@ def test_everything_scales_with_the_right_hand_side(solve):
         assert (b[0] / power, b[1] / power, b[2] / power**2) == pytest.approx(a, rel=1e-4, abs=1e-5)
 
 
+@by_solver
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_double_precision_with_a_rule_that_reads_the_model(solve, scale):
+    """The model's values are squares of the scale: infinite, or zero, where double precision has no such numbers."""
+    A, b = symmetric(12, 12, 20.0), vector(12) * scale
+    solution = solve(A, b, 1e-10, 60, stop=RelativeProgress(minimum=30))
+    assert solution.reason == "converged"
+    torch.testing.assert_close(solution.x / scale, torch.linalg.solve(A, b / scale))
+
+
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_negative_curvature_is_found_at_every_scale(scale):
     A, b = symmetric(8, 8, 5.0, indefinite=True).float(), vector(8).float() * scale

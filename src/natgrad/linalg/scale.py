@@ -14,6 +14,8 @@ from torch import Tensor
 
 from natgrad.linalg.krylov import Progress, Solution, StoppingRule, System
 
+_LARGEST_STEP = 64
+
 
 def least_square(dtype: torch.dtype) -> float:
     """Squares and products below this have lost digits, or all of them."""
@@ -56,10 +58,12 @@ def solve_rescaled(
     )
 
 
-def times_power(v: Tensor, exponent: int) -> Tensor:
-    """``2^exponent v``, in two steps, for the power itself may be out of range."""
-    half = exponent // 2
-    return v * 2.0**half * 2.0 ** (exponent - half)
+def times_power(v: Any, exponent: int) -> Any:
+    """``2^exponent v`` of a tensor or a number, in steps, for the power itself may be out of range."""
+    while exponent:
+        step = max(-_LARGEST_STEP, min(exponent, _LARGEST_STEP))
+        v, exponent = v * 2.0**step, exponent - step
+    return v
 
 
 @dataclass(frozen=True)
@@ -87,4 +91,4 @@ def _wide(value: Tensor | float, exponent: int) -> Any:
     """``2^exponent value`` in double precision, where the device has it."""
     if isinstance(value, Tensor) and value.device.type != "mps":
         value = value.double()
-    return times_power(value, exponent) if isinstance(value, Tensor) else math.ldexp(value, exponent)
+    return times_power(value, exponent)
