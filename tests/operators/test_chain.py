@@ -97,3 +97,31 @@ def test_what_is_no_chain() -> None:
         assert not chain.fits(case.z)
         handle.remove()
         assert chain.fits(case.z)
+
+
+@pytest.mark.parametrize("make", [ng.KFAC, ng.NaturalGradient], ids=["KFAC", "NaturalGradient"])
+def test_an_activation_exchanged_after_the_optimiser_was_made(make) -> None:
+    found = []
+    for late in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh() if late else nn.Sigmoid(), nn.Linear(4, 2)).double()
+        x, y = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+        opt = make(model, ng.Gaussian(), damping=0.5)
+        model[1] = nn.Sigmoid()
+        found.append([float(opt.step(x, y)) for _ in range(3)])
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("hooked", ["", "0", "1"], ids=["model", "layer", "activation"])
+def test_step_sizes_of_a_model_with_somebody_elses_hook(hooked) -> None:
+    """J v along K-FAC's direction, hooks included: by hand and by automatic differentiation."""
+    found = []
+    for forward in (None, lambda model, inputs: model(inputs)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        model.get_submodule(hooked).register_forward_hook(lambda module, arguments, out: 2 * out)
+        x, y = torch.randn(40, 4, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64)
+        opt = ng.KFAC(model, ng.Gaussian(), damping=1.0, forward=forward, subsets=ng.Subsets(1, 1))
+        losses = [float(opt.step(x, y)) for _ in range(3)]
+        found.append([*losses, opt.stats["alpha"], opt.stats["rho"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-9)

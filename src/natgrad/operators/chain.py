@@ -34,7 +34,7 @@ class Chain:
         names: clean names of the linear layers, in order.
         layers: those layers.
         activations: the module between layer i and layer i + 1, or None where there is none.
-        containers: the modules that hold them.
+        containers: the modules that hold them, the model first.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Chain:
     ) -> None:
         self.names, self.layers, self.activations = tuple(names), tuple(layers), tuple(activations)
         self._modules = (*containers, *layers, *(module for module in activations if module is not None))
+        self._leaves = _leaves(containers[0])[0]
         self.blocks = {name: block_of(name, layer) for name, layer in zip(names, layers, strict=True)}
 
     @classmethod
@@ -84,8 +85,11 @@ class Chain:
         return cls(names, layers, activations, containers)
 
     def fits(self, z: Tensor) -> bool:
-        """Whether the passes that z belongs to are the chain's: in the weights' dtype, unchanged by anybody's hooks."""
-        if z.dtype != self.layers[0].weight.dtype:
+        """Whether the passes that z belongs to are the chain's: in the weights' dtype, unchanged by anybody's hooks.
+
+        And whether the model is still the chain: modules may have been exchanged since then.
+        """
+        if z.dtype != self.layers[0].weight.dtype or _leaves(self._modules[0])[0] != self._leaves:
             return False
         if any(foreign_hooks(module) or "forward" in vars(module) for module in self._modules):
             return False
@@ -250,7 +254,7 @@ class ChainRecord(Record):
         return {name: [g] for name, g in found.items()}, [None for _ in parameters]
 
 
-def _leaves(module: nn.Sequential, prefix: str = "") -> tuple[list[tuple[str, nn.Module]], list[nn.Module]]:
+def _leaves(module: nn.Module, prefix: str = "") -> tuple[list[tuple[str, nn.Module]], list[nn.Module]]:
     """What a nest of sequences calls, in order and as often as it does; and the sequences."""
     found: list[tuple[str, nn.Module]] = []
     containers: list[nn.Module] = [module]

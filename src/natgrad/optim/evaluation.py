@@ -186,7 +186,7 @@ class Evaluator:
                 new = replace(new, count=new.count * (part.sampled / examples), additive=True)
             found.statistics = found.statistics + new if found.tapes else new
         if part.curvature:
-            layer_inputs = {name: calls[0] for name, calls in part.record.inputs.items() if len(calls) == 1}
+            layer_inputs = dict(part.record.layer_inputs) if isinstance(part.record, ChainRecord) else {}
             found.tapes.append(Tape(*again, layer_inputs, part.z.detach(), derivative))
 
     def _passes(
