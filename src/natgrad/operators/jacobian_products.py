@@ -121,8 +121,10 @@ class JacobianProducts:
         self.z = self.output.detach()
         self._check_output()
         self.chunk_size = chunk_size or self._affordable_columns(rows)
-        # in the order of speed
-        self._ways = [self._jvp_vmapped, self._jvp_looped, self._jvp_by_transposing_twice]
+        # In the order of speed. Functions, not methods: those would hold this object, and with it the graph with all
+        # its activations, until the garbage collector comes by.
+        kind = type(self)
+        self._ways = [kind._jvp_vmapped, kind._jvp_looped, kind._jvp_by_transposing_twice]
         self._transposed: tuple[Tensor, list[Tensor]] | None = None
 
     def chunks(self, v: Float[Tensor, "n k"]) -> Iterator[slice]:
@@ -137,7 +139,7 @@ class JacobianProducts:
             while True:
                 way = self._ways[0]
                 try:
-                    return way(directions)
+                    return way(self, directions)
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError as error:

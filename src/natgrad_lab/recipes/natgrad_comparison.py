@@ -49,8 +49,8 @@ FEW = {
             "hidden": [1500],
             "runs": 3,
             "methods": methods(
-                {**NATURAL, "batch": 1000, "metric batch": 1000, "updates": 200, "every": 10},
-                {**FEW, MSGD: {**FEW[MSGD], "batch": 250, "updates": 4000, "every": 200}},
+                {**NATURAL, "batch": 1000, "metric batch": 1000, "updates": 120, "every": 10},
+                {**FEW, MSGD: {**FEW[MSGD], "batch": 250, "updates": 2400, "every": 200}},
             ),
         },
     ),
