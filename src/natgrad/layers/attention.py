@@ -41,7 +41,7 @@ class Interceptor(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let everything pass but the attention function."""
         if func is F.multi_head_attention_forward:
-            return _attention_with(self._linear(args[0]))(*args, **(kwargs or {}))
+            return _attention_with(self._linear(args[0]), args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
     def _linear(self, query: Tensor) -> Callable[..., Tensor]:
@@ -207,12 +207,15 @@ def rules_of_attention(layer: nn.MultiheadAttention) -> dict[str, LayerRule]:
     return {**separate, "out_proj": OutProjectionRule()}
 
 
-def _attention_with(linear: Callable[..., Tensor]) -> Callable[..., Any]:
-    """torch's attention function with another ``linear``: the same code, with names of its own."""
+def _attention_with(linear: Callable[..., Tensor], args: Any, kwargs: Any) -> Any:
+    """A call of torch's attention function with another ``linear``: the same code, with names of its own."""
     names = {**vars(F), "linear": linear, "has_torch_function": lambda *_: False}
     for name in ("_in_projection_packed", "_in_projection", "multi_head_attention_forward"):
         original = getattr(F, name)
         copied = types.FunctionType(original.__code__, names, name, original.__defaults__, original.__closure__)
         copied.__kwdefaults__ = original.__kwdefaults__
         names[name] = copied
-    return names["multi_head_attention_forward"]
+    try:
+        return names["multi_head_attention_forward"](*args, **kwargs)
+    finally:  # these functions and their names hold each other, and `linear` the graph: until the garbage collector
+        names.clear()
