@@ -4,7 +4,7 @@ import math
 import operator
 import warnings
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -71,14 +71,6 @@ def check_whole(**given: Any) -> None:
     for name, value in given.items():
         if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
             raise TypeError(f"{name}={value!r}: expected a whole number")
-
-
-def refuse_copy(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> NoReturn:
-    """``__deepcopy__`` of optimisers that know their model: PyTorch's would leave out all but groups and state."""
-    raise TypeError(
-        f"{type(optimizer).__name__} belongs to the model that it evaluates and cannot be copied; make a new one for "
-        "the copied model and load this one's state_dict()"
-    )
 
 
 def check_number(name: str, value: Any, hint: str = "") -> None:

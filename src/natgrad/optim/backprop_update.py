@@ -22,6 +22,7 @@ from natgrad.likelihoods import Likelihood
 from natgrad.model_view import ModelView
 from natgrad.operators.chain import Chain
 from natgrad.operators.sandwich import check_likelihood
+from natgrad.optim.of_model import OptimizerOfModel
 from natgrad.optim.stats import Stats
 
 Correction = Literal["none", "weights", "printed", "full"]
@@ -61,7 +62,7 @@ def updated_signal(
     return (slope * score) @ (weight + dW) + through @ weight
 
 
-class UpdatedBackprop(torch.optim.Optimizer):
+class UpdatedBackprop(OptimizerOfModel):
     """Gradient descent, layer by layer from the top, on the signal that the moved layers would send [THESIS, ch. 5].
 
     Every linear layer moves by ``−lr`` times the gradient that its incoming signal gives; then the signal for the

@@ -12,13 +12,14 @@ from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView
 from natgrad.operators.autodiff import Hessian
 from natgrad.operators.sandwich import check_likelihood
+from natgrad.optim.of_model import OptimizerOfModel
 from natgrad.optim.stats import Stats
 
 Structure = Literal["full", "block_diagonal"]
 _LARGEST = 10_000  # parameters of a block: 800 MB in double precision
 
 
-class Newton(torch.optim.Optimizer):
+class Newton(OptimizerOfModel):
     r"""``θ ← θ − lr (H + ε I)^{-1} ∇h`` with H the Hessian of ``likelihood.nll`` [THESIS, sec. 3.1].
 
     ``structure="full"`` is Newton's step [THESIS, eq. 3.1.1], with ε > 0 the Tikhonov-regularised one [THESIS, sec.

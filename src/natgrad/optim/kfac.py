@@ -22,12 +22,13 @@ from natgrad.model_view import Forward, ModelView, batch_size
 from natgrad.operators.chain import Chain
 from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim import kfac_state
-from natgrad.optim.arguments import check_number, check_objects, refuse_copy, seeded
+from natgrad.optim.arguments import check_number, check_objects, seeded
 from natgrad.optim.attempt import Verdict, try_update
 from natgrad.optim.batches import micro_batches
 from natgrad.optim.evaluation import Evaluation, Evaluator
 from natgrad.optim.layout import JointLayout
 from natgrad.optim.local_model import LocalModel
+from natgrad.optim.of_model import OptimizerOfModel
 from natgrad.optim.precision import outside_autocast
 from natgrad.optim.proposal import Proposals
 from natgrad.optim.rescaling import LayerCoefficients
@@ -39,7 +40,7 @@ from natgrad.optim.trials import best_gamma
 from natgrad.quadratic import Subspace, best_coefficients
 
 
-class KFAC(torch.optim.Optimizer):
+class KFAC(OptimizerOfModel):
     r"""Kronecker-factored approximate curvature with automatic step sizes [KFAC, Algorithm 2].
 
     Each :meth:`step` evaluates a mini-batch and updates the parameters by ``δ = α Δ + μ δ₀`` with ``Δ = −c F̆_γ^{-1}
@@ -210,8 +211,6 @@ class KFAC(torch.optim.Optimizer):
         self._adapt_gamma(evaluation)
         self._update(evaluation, finite)
         return evaluation.loss.to(self._previous.dtype)
-
-    __deepcopy__ = refuse_copy
 
     def coverage(self) -> Coverage:
         """What is treated how; ``print`` it for a table with parameter counts."""

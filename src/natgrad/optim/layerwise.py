@@ -21,6 +21,7 @@ from natgrad.model_view import Forward, ModelView, batch_size
 from natgrad.operators.sandwich import check_likelihood
 from natgrad.optim.batches import micro_batches
 from natgrad.optim.layer_state import warn_of_threads
+from natgrad.optim.of_model import OptimizerOfModel
 from natgrad.optim.select import keep_where, reads_for_free
 from natgrad.optim.stats import Stats
 
@@ -65,7 +66,7 @@ class Wanted:
     largest: bool = False
 
 
-class LayerwiseOptimizer(torch.optim.Optimizer):
+class LayerwiseOptimizer(OptimizerOfModel):
     """An optimiser that evaluates the model itself and treats linear layers by what enters them.
 
     Subclasses say what they need of a pass (:meth:`_wanted`) and make the update (:meth:`_update`).

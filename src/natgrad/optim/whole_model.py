@@ -12,16 +12,17 @@ from natgrad.curvature.cotangents import validate_targets
 from natgrad.likelihoods import Likelihood
 from natgrad.model_view import Forward, ModelView
 from natgrad.operators.sandwich import check_likelihood
-from natgrad.optim.arguments import check_real, refuse_copy, seeded
+from natgrad.optim.arguments import check_real, seeded
 from natgrad.optim.batches import micro_batches
 from natgrad.optim.layer_state import same_keys, same_shape, warn_of_threads
+from natgrad.optim.of_model import OptimizerOfModel
 from natgrad.optim.select import keep_where
 from natgrad.optim.stats import Stats
 
 _VERSION = 1
 
 
-class WholeModelOptimizer(torch.optim.Optimizer):
+class WholeModelOptimizer(OptimizerOfModel):
     """An optimiser whose state is vectors over the parameters, numbers and a random stream of its own.
 
     A subclass implements ``step``, and names its state in `_vectors` and `_numbers`.
@@ -55,21 +56,6 @@ class WholeModelOptimizer(torch.optim.Optimizer):
         self._counts: dict[str, Tensor] = {"skipped": self._scalar()}
         self._validated = False
         self.stats = Stats()
-
-    __deepcopy__ = refuse_copy
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: the parameters are those of the model.
-
-        Raises:
-            ValueError: always, once the optimiser is made.
-        """
-        if self.param_groups:
-            raise ValueError(
-                f"add_param_group: {type(self).__name__} trains the parameters that its model had when it was made, in "
-                "one group; make a new optimiser for the model as it is now"
-            )
-        super().add_param_group(param_group)
 
     def _vectors(self) -> dict[str, Float[Tensor, " P"]]:
         """The vectors of the state, in use, by name."""
