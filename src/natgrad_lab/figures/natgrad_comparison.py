@@ -97,14 +97,14 @@ def _curves(record: Record, xscale: str = "linear") -> Drawing:
         colour, marker = STYLES[name]
         line = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.6, "label": name}
         for one, kind in zip(axes[0], ("train", "test"), strict=True):
+            first = 0 if xscale == "linear" else 1  # on a logarithmic scale there is no update 0
             if len(found) > 1:
                 for columns in found:
-                    one.plot(columns["update"], columns[kind], color=colour, linewidth=0.6, alpha=0.5)
+                    one.plot(columns["update"][first:], columns[kind][first:], color=colour, linewidth=0.6, alpha=0.5)
             longest: list[int] = max((columns["update"] for columns in found), key=len)
-            updates = [u for u in longest if u > 0 or xscale == "linear"]
             # a run that diverged has fewer evaluations: there is no mean from there on
             values = [_mean(at) for at in zip_longest(*(columns[kind] for columns in found))]
-            one.plot(updates, values[-len(updates) :], **line)
+            one.plot(longest[first:], values[first:], **line)
     for one, label in zip(axes[0], ("train: nll", "test: error, %"), strict=True):
         one.set(xscale=xscale, yscale="log", xlabel="updates")
         for axis in (one.xaxis, one.yaxis) if xscale == "log" else (one.yaxis,):

@@ -40,7 +40,7 @@ FEW = {
     title="few digits: what the metric is made of",
     source="[NATGRAD, fig. 4]",
     full=Size(
-        5000,
+        5200,
         {
             "data": "mnist",
             "side": 28,
@@ -84,14 +84,14 @@ MANY = {
     title="all digits, with a convolutional network",
     source="[NATGRAD, fig. 5]",
     full=Size(
-        3000,
+        4000,
         {
             "data": "mnist",
             "side": 28,
             "cases": 60_000,
             "filters": [[16, 5, 2], [32, 5, 2]],  # number, size, stride
             "hidden": [200],
-            "runs": 3,
+            "runs": 2,
             "methods": methods(
                 {**NATURAL, "batch": 1000, "metric batch": 1000, "updates": 300, "every": 20, "decay": [200, 20]}, MANY
             ),
@@ -182,7 +182,7 @@ def figure_2(run: Run) -> None:
     "natgrad-table1",
     title="what figures 2, 4 and 5 end with",
     source="[NATGRAD, table 1]",
-    full=Size(8800, {"figures": ["natgrad-fig4", "natgrad-fig5", "natgrad-fig2"]}),
+    full=Size(9900, {"figures": ["natgrad-fig4", "natgrad-fig5", "natgrad-fig2"]}),
     quick=Size(9, {}),
 )
 def table_1(run: Run) -> None:
