@@ -67,19 +67,18 @@ def table_1(record: Record) -> Drawing:
     figure, axes = canvas(1, len(record.results), width=10, height=3.8)
     rows = []
     for one, (name, found) in zip(axes[0], record.results.items(), strict=True):
-        ends = found["methods"]
-        ours = {method: _mean(values["test"]) for method, values in ends.items()}
-        largest = max([value or 0.0 for value in ours.values()] + [printed for _, printed in PRINTED[name].values()])
-        for i, method in enumerate(ends):
+        ends, printed = found["methods"], PRINTED[name]
+        ours = {method: _mean(ends[method]["test"]) for method in ends if method in printed}
+        largest = max([value or 0.0 for value in ours.values()] + [error for _, error in printed.values()])
+        for i, (method, error) in enumerate(ours.items()):
             colour, marker = STYLES[method]
-            if method in PRINTED[name]:
-                printed = PRINTED[name][method][1]
-                label = "printed" if i == 0 else None
-                one.plot(i - 0.15, printed, "_", markersize=16, markeredgewidth=2.5, color=INK["soft"], label=label)
-            if ours[method] is not None:
-                one.plot(i + 0.15, ours[method], marker, markersize=8, color=colour)
-        one.set_xticks(range(len(ends)), [m.replace(", ", ",\n") for m in ends], fontsize=8, rotation=40)
-        one.set(xlim=(-0.6, len(ends) - 0.4), ylim=(0, 1.1 * largest))
+            label = "printed" if i == 0 else None
+            mark = {"markersize": 16, "markeredgewidth": 2.5, "color": INK["soft"], "label": label}
+            one.plot(i - 0.15, printed[method][1], "_", **mark)
+            if error is not None:
+                one.plot(i + 0.15, error, marker, markersize=8, color=colour)
+        one.set_xticks(range(len(ours)), [m.replace(", ", ",\n") for m in ours], fontsize=8, rotation=40)
+        one.set(xlim=(-0.6, len(ours) - 0.4), ylim=(0, 1.1 * largest))
         one.set_title(TITLES[name], color=INK["ink"], fontsize=11)
         rows += [(f"{TITLES[name]}: {what}", printed, ours) for what, printed, ours in _rows(name, ends)]
     axes[0][0].set_ylabel("test error, %")
