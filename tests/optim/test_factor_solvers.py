@@ -106,7 +106,7 @@ def test_resuming_is_bit_for_bit(solver: Any) -> None:
     assert torch.equal(vector(model), vector(other_model))
     _, plain = made(None)
     if isinstance(solver, LowRank) and solver.rank < 5:
-        with pytest.raises(ValueError, match="another form= of damping"):
+        with pytest.raises(ValueError, match="other settings, such as form= of damping"):
             plain.load_state_dict(state)
 
 
